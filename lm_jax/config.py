@@ -7,8 +7,10 @@ keys, wrong types and impossible combinations at once, before any device is touc
 
 import dataclasses
 import difflib
+import glob
 import hashlib
 import json
+import os
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -169,3 +171,182 @@ CHOICES = {
     "optim.name": ("adamw", "adafactor", "lion", "muon"),
     "optim.schedule": ("cosine", "wsd", "rsqrt", "linear", "constant"),
 }
+
+
+def default() -> ml_collections.ConfigDict:
+    """All defaults as a locked, typed ConfigDict: what a config file starts from."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def resolve(c: ml_collections.ConfigDict) -> Config:
+    """The frozen, checked `Config`; raises one ConfigError that lists everything wrong with `c`."""
+    problems: list[str] = []
+    config = _build(Config, c.to_dict(), "", problems)
+    if not problems:
+        problems = [f"{key}={_get(config, key)!r}: choose one of {', '.join(choices)}"
+                    for key, choices in CHOICES.items() if _get(config, key) not in choices]
+    if not problems:
+        problems = list(_impossible(config))
+    if problems:
+        raise ConfigError("this config cannot run:\n  " + "\n  ".join(problems))
+    return config
+
+
+def to_dict(config) -> dict:
+    """Nested plain dict, as written to config.json."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict) -> Config:
+    """The inverse of `to_dict`: a run's config.json back into a checked `Config`."""
+    return resolve(ml_collections.ConfigDict(values))
+
+
+def digest(values) -> str:
+    """Twelve hex digits that name a JSON-able value: equal values, equal name, on any machine."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """Lines `key: old -> new` for the leaves in which two nested dicts differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += difference(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def parse(argv: list[str], *, doc: str, **more) -> tuple[Config, flags.FlagValues]:
+    """Flags of a main: `--config`, overrides of its keys, `--workdir`, `--print_config`, and strings named in `more`.
+
+    `more` maps a flag's name to its help. Returns the checked config and the flag values; `--help` and
+    `--print_config` print and exit 0.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "file with a get_config()", flag_values=values)
+    flags.DEFINE_string("workdir", None, "the run's folder; default runs/<config name>", flag_values=values)
+    flags.DEFINE_boolean("print_config", False, "print the resolved config and exit", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this and exit", short_name="h", flag_values=values)
+    for name, text in more.items():
+        flags.DEFINE_string(name, None, text, flag_values=values)
+    try:
+        rest = values(argv)[1:]
+        chosen = values["config"].value
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as e:
+        raise ConfigError(_explain(e, argv)) from e
+    if values.help:
+        print(f"{doc}\n\n{values.get_help()}\nEvery key of the config is a flag too: --config.optim.lr=3e-4")
+        sys.exit(0)
+    if rest:
+        raise ConfigError(f"unexpected argument {rest[0]!r}: flags start with --, as in --config.train.steps=100")
+    if chosen is None:
+        raise ConfigError("which config? Pass --config=configs/tiny.py")
+    config = resolve(chosen)
+    if values.print_config:
+        print(json.dumps(to_dict(config), indent=2))
+        sys.exit(0)
+    values.workdir = values.workdir or f"runs/{config.name}"
+    return config, values
+
+
+def run(main):
+    """Call `main(argv)` as a program: a ConfigError is one readable message and exit code 2, never a traceback."""
+    try:
+        sys.exit(main(sys.argv))
+    except ConfigError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _build(cls, values: dict, prefix: str, problems: list[str]):
+    """`cls` from nested `values`; appends to `problems` instead of raising."""
+    hints = typing.get_type_hints(cls)
+    for key in values.keys() - hints.keys():
+        near = difflib.get_close_matches(key, hints, n=1)
+        problems.append(f"unknown key {prefix}{key}" + (f": did you mean {prefix}{near[0]}?" if near else ""))
+    kept = {}
+    for key, hint in hints.items():
+        if key not in values:
+            continue
+        value = values[key]
+        if dataclasses.is_dataclass(hint):
+            if isinstance(value, dict):
+                kept[key] = _build(hint, value, f"{prefix}{key}.", problems)
+            else:
+                problems.append(f"{prefix}{key}={value!r}: a section with keys of its own is wanted")
+            continue
+        value = float(value) if hint is float and type(value) is int else value
+        value = _tuples(value) if hint is tuple and isinstance(value, (list, tuple)) else value
+        if type(value) is not hint:
+            problems.append(f"{prefix}{key}={value!r}: wanted {hint.__name__}, got {type(value).__name__}")
+        kept[key] = value
+    return cls(**kept)
+
+
+def _impossible(c: Config):
+    """Yield combinations that cannot run, each with its cure."""
+    m, d, o, t = c.model, c.data, c.optim, c.train
+    for key, low in (("model.width", 1), ("model.depth", 1), ("model.heads", 1), ("data.length", 2), ("train.batch", 1),
+                     ("train.steps", 1), ("train.microbatches", 1), ("train.log_every", 1), ("train.keep", 1),
+                     ("train.eval_every", 1), ("train.checkpoint_every", 1), ("model.max_length", 1)):
+        if _get(c, key) < low:
+            yield f"{key}={_get(c, key)}: at least {low}"
+    for key in ("model.dropout", "data.noise", "data.validation", "optim.decay", "optim.floor", "optim.ema", "train.smoothing"):
+        if not 0 <= _get(c, key) <= 1:
+            yield f"{key}={_get(c, key)}: a share between 0 and 1"
+    if m.heads > 0 and m.width % m.heads and not m.head_size:
+        yield f"model.width={m.width} over model.heads={m.heads}: make it a multiple, or set model.head_size"
+    if m.kv_heads and m.heads % m.kv_heads:
+        yield f"model.heads={m.heads} over model.kv_heads={m.kv_heads}: make it a multiple"
+    if m.positions == "learned" and d.length > m.max_length:
+        yield f"data.length={d.length} is longer than model.max_length={m.max_length} learned positions: raise the latter"
+    if not m.window_pattern or set(m.window_pattern) - set("SF"):
+        yield f"model.window_pattern={m.window_pattern!r}: letters S (sliding) and F (full)"
+    if m.moe.experts and not 1 <= m.moe.top_k <= m.moe.experts:
+        yield f"model.moe.top_k={m.moe.top_k}: between 1 and model.moe.experts={m.moe.experts}"
+    if m.encoder_depth and not m.causal:
+        yield "model.encoder_depth > 0 with model.causal=False: the decoder of an encoder-decoder is causal"
+    if d.objective in ("masked", "masked_pairs") and (m.causal or m.encoder_depth):
+        yield f"data.objective={d.objective!r} wants an encoder: model.causal=False and model.encoder_depth=0"
+    if d.objective in ("causal", "prefix") and (not m.causal or m.encoder_depth):
+        yield f"data.objective={d.objective!r} wants a decoder: model.causal=True and model.encoder_depth=0"
+    if d.objective in ("span", "ul2") and not m.encoder_depth:
+        yield f"data.objective={d.objective!r} wants an encoder and a decoder: model.encoder_depth > 0"
+    if d.objective in ("span", "ul2", "masked_pairs") and d.strategy != "concat":
+        yield f"data.strategy={d.strategy!r} with data.objective={d.objective!r}: rows are filled exactly, use 'concat'"
+    if (m.head == "bert") != (d.objective == "masked_pairs"):
+        yield f"model.head={m.head!r} with data.objective={d.objective!r}: the 'bert' head and 'masked_pairs' go together"
+    if d.objective == "masked_pairs" and m.types < 2:
+        yield f"model.types={m.types} with data.objective='masked_pairs': sentence A and B need model.types=2"
+    if m.base_width and m.norm_place == "post":
+        yield "model.base_width (muP) with model.norm_place='post': muP wants 'pre' or 'sandwich'"
+    if len(o.betas) != 2:
+        yield f"optim.betas={o.betas!r}: two numbers"
+    if o.lr <= 0:
+        yield f"optim.lr={o.lr}: above 0"
+    if t.batch % max(t.microbatches, 1):
+        yield f"train.batch={t.batch} in train.microbatches={t.microbatches}: make it a multiple"
+    if set(filter(None, t.loggers.split(","))) - {"tensorboard", "wandb"}:
+        yield f"train.loggers={t.loggers!r}: 'tensorboard', 'wandb' or 'tensorboard,wandb'"
+
+
+def _get(config, key: str):
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+    """One line for what a flag parser or a config file raised."""
+    for path in (a.split("=", 1)[1].split(":")[0] for a in argv if a.startswith("--config=")):
+        if not os.path.exists(path):
+            return f"no config file {path!r}: there are {', '.join(sorted(glob.glob('configs/*.py'))) or 'none in configs/'}"
+    message = " ".join(str(error.args[0] if error.args else error).split())
+    return f"{message} (in {' '.join(argv[1:])})"

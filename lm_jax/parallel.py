@@ -1,0 +1,107 @@
+"""Where every array lives: the mesh, and two letter tables that are the whole sharding policy.
+
+The alphabet: B batch, T tokens, S keys, D width, F hidden, N query heads, K key/value heads, H head size, V vocabulary,
+L layers, E experts, P position rows, G token types, U relative buckets. Axes are explicit: a sharding is part of an
+array's type, and a wrong layout is an error at trace time on the line that caused it. With no mesh set, all of this
+is silent and arrays live where JAX puts them.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lm_jax.config import ConfigError, MeshConfig
+
+AXES = ("replica", "data", "fsdp", "expert", "sequence", "model")  # slowest network first
+WEIGHTS = dict(D="fsdp", V="model", F="model", N="model", K="model", E="expert")  # letters not listed: replicated
+ACTIVATIONS = dict(B=("replica", "data", "fsdp"), T="sequence", V="model", F="model", N="model", K="model", E="expert")
+
+
+def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
+    """The mesh of `config` over `devices` (default: all), with `-1` taking what is left; ConfigError if it cannot be."""
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Axis -> size for a number of devices."""
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ConfigError(f"mesh {sizes}: sizes of at least 1, and -1 for at most one axis")
+    if devices % fixed or (not free and devices != fixed):
+        raise ConfigError(f"mesh {sizes} wants {'a multiple of ' if free else ''}{fixed} devices and there are {devices}: "
+                          f"set one axis to -1, or sizes whose product is {devices}")
+    return sizes | {axis: devices // fixed for axis in free}
+
+
+def weight(letters: str, shape: tuple[int, ...]) -> PartitionSpec | None:
+    """Layout of a weight with these letters, e.g. "LDF"; None without a mesh."""
+    return _spec(WEIGHTS, letters, shape)
+
+
+def activation(letters: str, shape: tuple[int, ...]) -> PartitionSpec | None:
+    """Layout of an activation with these letters, e.g. "BTD"; None without a mesh."""
+    return _spec(ACTIVATIONS, letters, shape)
+
+
+def put_batch(batch):
+    """Host arrays [B, T] of this process's rows -> global arrays, rows and tokens laid out as activations."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.tree.map(jax.numpy.asarray, batch)
+    hosts = jax.process_count()
+
+    def put(x):
+        shape = (x.shape[0] * hosts, *x.shape[1:])
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, activation("BT", shape)), np.asarray(x), shape)
+
+    return jax.tree.map(put, batch)
+
+
+def rows_divide(batch: int, microbatches: int) -> None:
+    """Raise ConfigError unless each microbatch's rows divide over the devices that hold rows."""
+    mesh = jax.sharding.get_mesh()
+    shards = math.prod(mesh.shape[axis] for axis in ACTIVATIONS["B"]) if not mesh.empty else 1
+    if batch % (shards * microbatches):
+        raise ConfigError(f"train.batch={batch} over {shards} row shards and {microbatches} microbatches: "
+                          f"use a multiple of {shards * microbatches}")
+
+
+def replicated_letters(letters: str, shape: tuple[int, ...]) -> str:
+    """Letters of a weight that the table shards but whose size does not divide its axis, and so are replicated."""
+    sizes = _axis_sizes()
+    return "".join(a for a, n in zip(letters, shape) if a in WEIGHTS and n % sizes.get(WEIGHTS[a], 1))
+
+
+def unroll() -> bool:
+    """Whether a scan over layers is unrolled: on CPU a scanned body trains at half the speed of an unrolled one."""
+    return jax.default_backend() == "cpu"
+
+
+def _spec(table, letters, shape):
+    sizes = _axis_sizes()
+    if not sizes:
+        return None
+    if len(letters) != len(shape):
+        raise ValueError(f"letters {letters!r} for an array of shape {shape}")
+    return PartitionSpec(*(_axis(table.get(a), n, sizes) for a, n in zip(letters, shape)))
+
+
+def _axis(axis, size, sizes):
+    """The mesh axes for one dimension, or None if they do not divide it."""
+    axes = (axis,) if isinstance(axis, str) else axis or ()
+    axes = tuple(a for a in axes if sizes.get(a, 1) > 1)
+    shards = math.prod(sizes[a] for a in axes)
+    if not axes or size % shards:
+        return None
+    return axes if len(axes) > 1 else axes[0]
+
+
+def _axis_sizes() -> dict[str, int]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return {} if mesh.empty else dict(mesh.shape)
