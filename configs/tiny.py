@@ -1,0 +1,21 @@
+"""The first run: a decoder learns the interpreter's own standard library, in minutes on two CPU cores."""
+
+from lm_jax import config
+from lm_jax.models import zoo
+
+
+def get_config():
+    c = config.default()
+    c.name = "tiny"
+    c.model.update(zoo.ladder(depth=3))  # 1.3M parameters and a table
+    c.model.dtype = "float32"  # CPUs compute bfloat16 in slow motion
+    c.data.vocab = 4096  # half of the default: the head is most of so small a model
+    c.data.length = 256
+    c.optim.lr = 4e-3
+    c.optim.warmup = 40
+    c.train.steps = 400
+    c.train.batch = 16
+    c.train.eval_every = 100
+    c.train.eval_rows = 64
+    c.train.checkpoint_every = 100
+    return c

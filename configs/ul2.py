@@ -1,0 +1,29 @@
+"""T5 v1.1 base on UL2's mixture of short spans, long spans and prefixes, each told by a mode token (Tay et al. 2022)."""
+
+from lm_jax import config
+from lm_jax.models import zoo
+
+
+def get_config():
+    c = config.default()
+    c.name = "ul2"
+    c.model.update(zoo.get("t5-v1.1-base"))
+    c.model.vocab = 0  # the tokenizer trained here
+    c.data.sources = "tfds:c4/en:train#text"
+    c.data.tokenizer = "unigram"
+    c.data.vocab = 32_128
+    c.data.objective = "ul2"
+    c.data.validation = 0.0005
+    c.optim.name = "adafactor"
+    c.optim.lr = 1e-2  # 1 / sqrt(step) from the end of the warm-up on, as T5
+    c.optim.schedule = "rsqrt"
+    c.optim.warmup = 10_000
+    c.optim.weight_decay = 0.0
+    c.optim.clip = 0.0  # Adafactor clips each update by itself
+    c.train.steps = 500_000
+    c.train.batch = 128
+    c.train.z_loss = 1e-4
+    c.train.log_every = 100
+    c.train.eval_every = c.train.checkpoint_every = 5_000
+    c.train.eval_rows = 2_048
+    return c
