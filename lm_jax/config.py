@@ -82,6 +82,14 @@ class TransformerConfig:
     remat: str = "none"  # none | full | dots: what the backward pass computes again
     moe: MoEConfig = field(default_factory=MoEConfig)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Letter -> size, with what is left at 0 filled in."""
+        hidden = self.hidden or (-(-8 * self.width // 96) * 32 if self.gated else 4 * self.width)
+        return dict(D=self.width, F=hidden, N=self.heads, K=self.kv_heads or self.heads, V=self.vocab,
+                    H=self.head_size or self.width // self.heads, E=self.moe.experts, M=self.width, P=self.max_length,
+                    G=self.types, U=32, C=2)
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -301,6 +309,8 @@ def _impossible(c: Config):
         yield f"model.width={m.width} over model.heads={m.heads}: make it a multiple, or set model.head_size"
     if m.kv_heads and m.heads % m.kv_heads:
         yield f"model.heads={m.heads} over model.kv_heads={m.kv_heads}: make it a multiple"
+    if m.positions == "sinusoidal" and m.width % 2:
+        yield f"model.width={m.width} with model.positions='sinusoidal': sines and cosines want an even width"
     if m.positions == "learned" and d.length > m.max_length:
         yield f"data.length={d.length} is longer than model.max_length={m.max_length} learned positions: raise the latter"
     if not m.window_pattern or set(m.window_pattern) - set("SF"):

@@ -49,6 +49,48 @@ def activation(letters: str, shape: tuple[int, ...]) -> PartitionSpec | None:
     return _spec(ACTIVATIONS, letters, shape)
 
 
+def gather(w, letters: str):
+    """A weight with the shards of its rows' axes brought together, as the matmul wants it; its gradient is scattered."""
+    spec = weight(letters, w.shape)
+    if spec is None:
+        return w
+    rows = ACTIVATIONS["B"]
+    return jax.sharding.reshard(w, PartitionSpec(*(None if axis in rows else axis for axis in spec)))
+
+
+def constrain(x, letters: str):
+    """`x` laid out as activations with these letters are."""
+    spec = activation(letters, x.shape)
+    return x if spec is None else jax.sharding.reshard(x, spec)
+
+
+def like(x) -> PartitionSpec | None:
+    """The layout of `x`, to be given to a new array of its shape; None without a mesh."""
+    return jax.typeof(x).sharding.spec if _axis_sizes() else None
+
+
+def per_rows(f, x_BTD, *per_token, tables):
+    """`f(x_BTD, *per_token, *tables)` on each device's own rows and its shard of F; what it makes is summed over F's axis.
+
+    For work that must not cross rows (sorting tokens by expert). `tables` have letters EDF or EFD; every device sees
+    all experts, gathered as the rows' axes are.
+    """
+    spec = activation("BTD", x_BTD.shape)
+    if spec is None:
+        return f(x_BTD, *per_token, *tables)
+    into = weight("EDF", tables[0].shape)[2]
+    layouts = [PartitionSpec(None, None, into)] * (len(tables) - 1) + [PartitionSpec(None, into, None)]
+    tables = [jax.sharding.reshard(w, layout) for w, layout in zip(tables, layouts)]
+
+    def local(*args):
+        y_BTD = f(*args)
+        return jax.lax.psum(y_BTD, into) if into else y_BTD
+
+    rows = PartitionSpec(spec[0], spec[1], None)
+    return jax.shard_map(local, in_specs=(rows,) * (1 + len(per_token)) + tuple(layouts), out_specs=rows)(
+        x_BTD, *per_token, *tables)
+
+
 def put_batch(batch):
     """Host arrays [B, T] of this process's rows -> global arrays, rows and tokens laid out as activations."""
     mesh = jax.sharding.get_mesh()

@@ -1,0 +1,68 @@
+"""Mixture of experts: every token visits its top-k experts, none is dropped."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lm_jax import parallel
+from lm_jax.config import TransformerConfig
+from lm_jax.models.layers import ACTIVATIONS, MLP, Einsum, normal, residual_gain
+
+
+class MoE(nnx.Module):
+    """A router and E gated or plain MLPs; softmax over all experts, the k largest renormalised (Mixtral)."""
+
+    def __init__(self, cfg: TransformerConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        std = cfg.init_std or cfg.width**-0.5
+        table = partial(normal, cfg=cfg, rngs=rngs, role="matrix")
+        self.router = Einsum("BTD,DE->BTE", cfg, rngs=rngs)
+        self.up = table("EDF", std=std, fan_in="D")
+        self.gate = table("EDF", std=std, fan_in="D") if cfg.gated else None
+        self.down = table("EFD", std=residual_gain(cfg) * (cfg.init_std or cfg.sizes["F"] ** -0.5), fan_in="F")
+        # m experts that everyone visits are one MLP m times as wide
+        wide = replace(cfg, hidden=cfg.sizes["F"] * cfg.moe.shared)
+        self.shared = MLP(wide, rngs=rngs) if cfg.moe.shared else None
+
+    def __call__(self, x_BTD, real_BT):
+        """y_BTD and the router's losses per row, each a mean over the row's `real_BT` tokens."""
+        moe = self.cfg.moe
+        logits_BTE = self.router(x_BTD.astype(jnp.float32))
+        probs_BTE = jax.nn.softmax(logits_BTE)
+        gates_BTA, chosen_BTA = jax.lax.top_k(probs_BTE, moe.top_k)
+        gates_BTA = gates_BTA / gates_BTA.sum(-1, keepdims=True)
+        tables = [parallel.gather(w[...].astype(x_BTD.dtype), letters)
+                  for w, letters in ((self.up, "EDF"), (self.gate, "EDF"), (self.down, "EFD")) if w is not None]
+        y_BTD = parallel.per_rows(partial(_experts, ACTIVATIONS[self.cfg.activation]), x_BTD, gates_BTA, chosen_BTA,
+                                  tables=tables)
+        y_BTD = y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)
+        return y_BTD, _router_losses(moe, logits_BTE, probs_BTE, chosen_BTA, real_BT.astype(jnp.float32))
+
+
+def _experts(act, x_BTD, gates_BTA, chosen_BTA, *tables):
+    """The weighted sum of each token's experts: sort token-expert pairs by expert, one ragged matmul a table, sort back."""
+    B, T, D = x_BTD.shape
+    A = chosen_BTA.shape[-1]
+    order = jnp.argsort(chosen_BTA.reshape(-1), stable=True)
+    counts_E = jnp.bincount(chosen_BTA.reshape(-1), length=tables[0].shape[0])
+    x_PD = x_BTD.reshape(B * T, D)[order // A]
+    ragged = partial(jax.lax.ragged_dot, group_sizes=counts_E)
+    *into, down_EFD = tables
+    h = [ragged(x_PD, w_EDF) for w_EDF in into]
+    h_PF = act(h[0]) if len(h) == 1 else act(h[1]) * h[0]
+    y_PD = ragged(h_PF, down_EFD) * gates_BTA.reshape(-1)[order][:, None].astype(x_BTD.dtype)
+    return jnp.zeros((B * T, D), x_BTD.dtype).at[order // A].add(y_PD).reshape(B, T, D)
+
+
+def _router_losses(moe, logits_BTE, probs_BTE, chosen_BTA, real_BT):
+    """Balance (DeepSeek-V3 eq. 17-20) and router-z (ST-MoE eq. 5), already weighed, [B]: per row, so that they add up."""
+    tokens_B = jnp.maximum(real_BT.sum(1), 1)
+    visits_BE = (jax.nn.one_hot(chosen_BTA, moe.experts).sum(2) * real_BT[..., None]).sum(1)
+    share_BE = visits_BE * moe.experts / moe.top_k / tokens_B[:, None]
+    prob_BE = (probs_BTE * real_BT[..., None]).sum(1) / tokens_B[:, None]
+    z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, -1))
+    return {"balance": moe.balance * (share_BE * prob_BE).sum(-1),
+            "router_z": moe.router_z * (z_BT * real_BT).sum(1) / tokens_B}
