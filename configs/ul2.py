@@ -1,4 +1,4 @@
-"""T5 v1.1 base on UL2's mixture of short spans, long spans and prefixes, each told by a mode token (Tay et al. 2022)."""
+"""T5 v1.1 base on UL2's mixture of short spans, long spans and prefixes told by a mode token (Tay et al. 2022)."""
 
 from lm_jax import config
 from lm_jax.models import zoo
