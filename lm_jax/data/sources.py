@@ -6,12 +6,17 @@ and the order is that of the sorted paths, so the same spec over the same files 
 
 import difflib
 import glob
+import io
+import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import NoneType
 from typing import NamedTuple
 
 from lm_jax.config import ConfigError
+from lm_jax.data import synthetic
 
 
 class Document(NamedTuple):
@@ -54,6 +59,7 @@ def read(spec: str, *, invalid: str, report: Counter) -> Iterator[Document]:
             if invalid == "drop":
                 continue
             text = raw.decode(errors="replace")
+            raw = text.encode()
         if not text.strip():
             report["empty"] += 1
             continue
@@ -67,28 +73,105 @@ def files(spec: str) -> list[str]:
     kind, _, argument = spec.partition(":")
     if kind == "stdlib":
         return list(_stdlib_paths())
-    return _paths(argument.rpartition("#")[0] or argument)[1] if kind in ("text", "jsonl", "parquet") else []
+    pattern = argument if kind == "text" else _field(argument)[0]
+    return _paths(pattern)[1] if kind in ("text", "jsonl", "parquet") else []
 
 
-Raw = tuple[str, bytes, str, dict]  # id, bytes, lang, meta
+Raw = tuple[str, bytes, str, dict]  # id, bytes, lang, meta: what a kind's function yields
 
 
 def stdlib(argument: str) -> Iterator[Raw]:
     """The running interpreter's own library: some 700 files, 12 MB of Python and English, on every machine."""
+    if argument:
+        raise ConfigError(f"data.sources: stdlib takes no argument, got {argument!r}")
+    root = os.path.dirname(os.__file__)
     for path in _stdlib_paths():
         with open(path, "rb") as file:
-            yield os.path.relpath(path, os.path.dirname(os.__file__)), file.read(), "python", {}
+            yield _id(path, root), file.read(), "python", {}
 
 
 def text(argument: str) -> Iterator[Raw]:
     """`text:GLOB`: each file is a document."""
     root, paths = _paths(argument)
     for path in paths:
-        with open(path, "rb") as file:
-            yield os.path.relpath(path, root), file.read(), "", {}
+        try:
+            with _open(path) as file:
+                yield _id(path, root), file.read(), "", {}
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error}; repair it, or leave it out of data.sources") from error
 
 
-SOURCES = {"stdlib": stdlib, "text": text}
+def jsonl(argument: str) -> Iterator[Raw]:
+    """`jsonl:GLOB#field`: each line is an object, a document its field (default "text"); "id" and "lang" are kept."""
+    pattern, field = _field(argument)
+    root, paths = _paths(pattern)
+    for path in paths:
+        for number, line in _lines(path):
+            place = f"{path}:{number}"
+            try:
+                row = json.loads(line.decode(errors="surrogateescape"))  # bad bytes come back from _bytes as they were
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{place} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ConfigError(f"{place} is {type(row).__name__}, not a JSON object")
+            id, lang = row.get("id"), row.get("lang")
+            id = f"{_id(path, root)}:{number}" if id is None else _printable(str(id))
+            yield id, _bytes(_value(row, field, place), place), lang if isinstance(lang, str) else "", {}
+
+
+def parquet(argument: str) -> Iterator[Raw]:
+    """`parquet:GLOB#column`: each row is a document, its column (default "text") of strings or bytes; "id" is kept."""
+    import pyarrow
+    import pyarrow.parquet
+
+    pattern, column = _field(argument)
+    root, paths = _paths(pattern)
+    for path in paths:
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                _value(dict.fromkeys(file.schema_arrow.names), column, path)
+                columns = [column] + ["id"] * (column != "id" and "id" in file.schema_arrow.names)
+                number = 0
+                for batch in file.iter_batches(batch_size=256, columns=columns):
+                    values = batch[column].cast(pyarrow.large_binary()).to_pylist()  # bytes: Arrow does not check UTF-8
+                    ids = batch["id"].to_pylist() if "id" in columns else [None] * len(values)
+                    for id, value in zip(ids, values):
+                        number += 1
+                        yield f"{_id(path, root)}:{number}" if id is None else str(id), value or b"", "", {}
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ConfigError(f"{path} cannot be read as Parquet with text in {column!r}: {error}") from error
+
+
+def tfds(argument: str) -> Iterator[Raw]:
+    """`tfds:NAME[:SPLIT][#field]` (split "train", field "text"), without TensorFlow: array_record or parquet files.
+
+    NAME may have a config and a version (name/config:1.2.3). The data lie in, or go to, $TFDS_DATA_DIR.
+    """
+    import tensorflow_datasets
+
+    given, field = _field(argument)
+    name, split = re.fullmatch(r"([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?", given, re.DOTALL).groups()
+    try:
+        data = tensorflow_datasets.data_source(name, split=split or "train")
+    except Exception as error:  # whatever TFDS raises: unknown name, no network, files in a format that it cannot index
+        raise ConfigError(f"data.sources: tfds:{given} cannot be opened: {error}") from error
+    for number in range(len(data)):
+        place = f"tfds:{given} record {number}"
+        yield f"{name}:{split or 'train'}:{number}", _bytes(_value(data[number], field, place), place), "", {}
+
+
+def known(kind: str) -> Callable[[str], Iterator[Raw]]:
+    """A synthetic source, whose documents carry their true cost in meta["nats"]."""
+
+    def documents(argument: str) -> Iterator[Raw]:
+        for number, (text, nats) in enumerate(synthetic.read(f"{kind}:{argument}")):
+            yield f"{kind}:{number}", text.encode(), "", {"nats": nats}
+
+    return documents
+
+
+SOURCES = {"stdlib": stdlib, "text": text, "jsonl": jsonl, "parquet": parquet, "tfds": tfds,
+           **{kind: known(kind) for kind in synthetic.LAWS}}
 
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "turtledemo", "__pycache__"}
 
@@ -109,3 +192,59 @@ def _paths(pattern: str) -> tuple[str, list[str]]:
     while glob.has_magic(fixed) or os.path.isfile(fixed):
         fixed = os.path.dirname(fixed)
     return fixed, paths
+
+
+def _open(path: str):
+    """A binary file, decompressed if its name ends in .gz or .zst; OSError where the compressed stream breaks off."""
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1])
+    if compression is None:
+        return open(path, "rb")
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(path, compression=compression))
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines from 1, blank ones left out."""
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.isspace():
+                    yield number, line
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read beyond its first {number} lines: {error}; repair it, or leave it out "
+                          "of data.sources") from error
+
+
+def _field(argument: str) -> tuple[str, str]:
+    """The parts of `GLOB#field`."""
+    pattern, mark, field = argument.rpartition("#")
+    return (pattern, field) if mark else (argument, "text")
+
+
+def _value(row: dict, field: str, place: str):
+    if field not in row:
+        raise ConfigError(f"{place} has no field {field!r}: name one of {', '.join(map(repr, row))} after '#'")
+    return row[field]
+
+
+def _bytes(value, place: str) -> bytes:
+    """The bytes of a text field. A lone surrogate (JSON can spell it, UTF-8 cannot) becomes bytes that are not UTF-8."""
+    if not isinstance(value, (str, bytes, NoneType)):
+        raise ConfigError(f"{place}: the field is {type(value).__name__}, not text; name another one after '#'")
+    if not isinstance(value, str):
+        return value or b""
+    try:
+        return value.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return value.encode(errors="surrogatepass")
+
+
+def _id(path: str, root: str) -> str:
+    return _printable(os.path.relpath(path, root).replace(os.sep, "/"))
+
+
+def _printable(id: str) -> str:
+    """The same id with what UTF-8 cannot write (a file name may hold any bytes) spelled as escapes."""
+    return id.encode(errors="backslashreplace").decode()

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from lm_jax.config import ConfigError
-from lm_jax.data.tokenizer_backends import BACKENDS, NAMES, Bytes, Pieces
+from lm_jax.data.tokenizer_backends import BACKENDS, NAMES, Bytes, HuggingFace, Pieces
 
 
 class Tokenizer(Protocol):
@@ -51,7 +51,7 @@ def make(kind: str, texts: Iterable[str], *, vocab: int, seed: int = 0) -> Token
         return Bytes()
     if not os.path.isfile(kind):
         raise ConfigError(f"data.tokenizer={kind!r}: no such file; else bpe, unigram or byte")
-    backend = Pieces
+    backend = HuggingFace if kind.endswith(".json") else Pieces
     with open(kind, "rb") as file:
         return backend(file.read())
 
@@ -128,5 +128,5 @@ def _cure(kind: str, error: str, vocab: int, lines: list[str]) -> str:
     if fits := re.search(r"<= (\d+)", error):
         return f"data.vocab={vocab} is more than this corpus can fill: use at most {fits[1]}, or more text"
     if least := re.search(r"(\d+) vs (\d+)", error):
-        return f"data.vocab={vocab} is less than the specials, bytes and characters of this corpus: use more than {least[2]}"
+        return f"data.vocab={vocab} does not hold the specials, bytes and characters of this corpus: use at least {least[2]}"
     return f"data.tokenizer={kind!r} could not be trained with data.vocab={vocab}: {error}"

@@ -13,9 +13,12 @@ import numpy as np
 
 from lm_jax.config import ConfigError
 
+BLANK = "\u2581"  # how SentencePiece writes a space inside a piece
+UNKNOWN = "\ufffd".encode()
 ROLES = ("system", "user", "assistant", "end")
 SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))
-NAMES = ("<pad>", "<bos>", "<eos>", "<unk>", "<mask>", "<R>", "<X>", "<S>", *(f"<{role}>" for role in ROLES), *SENTINELS)
+NAMES = ("<pad>", "<bos>", "<eos>", "<unk>", "<mask>", "<R>", "<X>", "<S>",
+         *(f"<{role}>" for role in ROLES), *SENTINELS)  # ids 0, 1, 2, ... of a vocabulary made here
 OTHER_NAMES = {  # what a special may be called in a vocabulary from elsewhere, the likeliest first
     "<pad>": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
     "<bos>": ("<s>", "<bos>", "[CLS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
@@ -87,25 +90,23 @@ class Pieces(Vocabulary):
     """A SentencePiece model. One trained here is lossless; one from elsewhere is as lossless as it was made."""
 
     suffix = ".model"
-    blank = "\u2581"  # how SentencePiece writes a space inside a piece
 
     def __init__(self, file: bytes):
-        import sentencepiece  # a quarter of a second, and not everyone needs it
+        import sentencepiece
 
         try:
             self._model = model = sentencepiece.SentencePieceProcessor(model_proto=file)
         except RuntimeError as error:
             raise ConfigError(f"data.tokenizer is no SentencePiece model: {error}") from error
-        names = [model.id_to_piece(i) for i in range(len(model))]
-        found = {name: i for i, name in enumerate(names)}
-        super().__init__(file, [self._bytes(i, name) for i, name in enumerate(names)], found.get)
-        self._prefix = model.encode("a", out_type=str)[0].startswith(self.blank)  # a blank before every text
-        escape = [found.get(f"<0x{byte:02X}>") for byte in self.blank.encode()]
-        self._escape = None if None in escape or self._prefix else np.array(escape, np.int32)
+        controls = {model.id_to_piece(i): i for i in range(len(model)) if model.is_control(i)}  # no text becomes these
+        super().__init__(file, [self._bytes(i) for i in range(len(model))], controls.get)
+        self._prefix = model.encode("a", out_type=str)[0].startswith(BLANK)  # it puts a space before every text
+        escape = [model.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
+        self._escape = None if self._prefix or not all(map(model.is_byte, escape)) else np.array(escape, np.int32)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """To SentencePiece a literal U+2581 is a space, so it is spelled in bytes where the model has them."""
-        if self._escape is None or not any(self.blank in text for text in texts):
+        if self._escape is None or not any(BLANK in text for text in texts):
             return [np.array(ids, np.int32) for ids in self._model.encode(texts)]
         return [self._escaped(text) for text in texts]
 
@@ -114,21 +115,74 @@ class Pieces(Vocabulary):
         return text.removeprefix(" ") if self._prefix else text
 
     def _escaped(self, text: str) -> np.ndarray:
-        parts = [np.array(ids, np.int32) for ids in self._model.encode(text.split(self.blank))]
-        return np.concatenate([parts[0], *(part for later in parts[1:] for part in (self._escape, later))])
+        first, *rest = [np.array(ids, np.int32) for ids in self._model.encode(text.split(BLANK))]
+        return np.concatenate([first, *(part for later in rest for part in (self._escape, later))])
 
-    def _bytes(self, i: int, name: str) -> bytes | None:
+    def _bytes(self, i: int) -> bytes | None:
+        piece = self._model.id_to_piece(i)
         if self._model.is_byte(i):
-            return bytes([int(name[1:-1], 16)])
+            return _byte(piece)
         if self._model.is_control(i):
             return None
-        return "\ufffd".encode() if self._model.is_unknown(i) else name.replace(self.blank, " ").encode()
+        return UNKNOWN if self._model.is_unknown(i) else piece.replace(BLANK, " ").encode()
 
 
-BACKENDS = {"Bytes": Bytes, "Pieces": Pieces}
+class HuggingFace(Vocabulary):
+    """A `tokenizer.json`, run by the `tokenizers` package without its templates, truncation and padding."""
+
+    suffix = ".json"
+
+    def __init__(self, file: bytes):
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ConfigError("a Hugging Face tokenizer.json needs the tokenizers package: pip install 'lm_jax[hf]'") from error
+        try:
+            self._model = model = tokenizers.Tokenizer.from_str(file.decode())
+        except Exception as error:  # the package raises bare Exceptions
+            raise ConfigError(f"data.tokenizer is no Hugging Face tokenizer.json: {error}") from error
+        model.no_truncation()
+        model.no_padding()
+        model.encode_special_tokens = True  # text that spells a special is text
+        spec, added = json.loads(file), model.get_added_tokens_decoder()
+        specials = {token.content: i for i, token in added.items() if token.special}
+        table: list[bytes | None] = [None] * (1 + max(model.get_vocab().values()))
+        spell = _speller(spec)
+        for piece, i in model.get_vocab().items():
+            table[i] = None if piece in specials else piece.encode() if i in added else spell(piece)
+        self._end = len(table)
+        super().__init__(file, table, specials.get)
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array(row.ids, np.int32) for row in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids) -> str:
+        """The library's own decoding: it knows where a kind of tokenizer (BERT's, T5's) drops or adds spaces."""
+        return self._model.decode([i for i in np.asarray(ids, int).ravel().tolist() if i < self._end])
+
+
+BACKENDS = {"Bytes": Bytes, "Pieces": Pieces, "HuggingFace": HuggingFace}
 
 
 def _starts_word(piece: bytes) -> bool:
-    """Whether whole-word masking begins a word at this piece: at a blank, a symbol or an ideograph, not inside letters."""
+    """Whether a word (for whole-word masking) begins at this piece: at a blank, a symbol or an ideograph, not a letter."""
     first = piece.decode(errors="ignore")[:1]
     return bool(first) and (not (first.isalnum() or first == "_") or "\u2e80" <= first <= "\u9fff")
+
+
+def _byte(piece: str) -> bytes:
+    """The byte that <0x1F> stands for."""
+    return bytes([int(piece[1:-1], 16)])
+
+
+def _speller(spec: dict):
+    """The function from a piece of this tokenizer.json to the bytes that it stands for inside a text."""
+    if spec["model"]["type"] == "WordPiece":
+        inside = spec["model"]["continuing_subword_prefix"]
+        return lambda piece: piece.removeprefix(inside).encode() if piece.startswith(inside) else b" " + piece.encode()
+    if '"ByteLevel"' in json.dumps([spec["pre_tokenizer"], spec["decoder"]]):
+        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2: printable bytes are written as themselves,
+        hidden = sorted(set(range(256)) - set(shown))  # the others as the characters from 256 on
+        table = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+        return lambda piece: bytes(map(table.__getitem__, piece)) if set(piece) <= table.keys() else piece.encode()
+    return lambda piece: _byte(piece) if re.fullmatch("<0x[0-9A-F]{2}>", piece) else piece.replace(BLANK, " ").encode()
