@@ -10,7 +10,7 @@ def get_config():
     c.model.update(zoo.get("gpt2-small"))
     c.model.vocab = 0  # the tokenizer trained here
     c.data.sources = "parquet:corpora/fineweb-edu/*.parquet#text"
-    c.data.vocab = 32_768
+    c.data.vocab = 50_304  # a multiple of 128 next to the published 50257
     c.data.length = 1024
     c.data.validation = 0.001
     c.optim.lr = 6e-4  # Brown et al. 2020, table 2.1

@@ -1,11 +1,18 @@
-"""The zoo's settings are the published models, and the ladder's one dial moves everything the same way."""
+"""The zoo makes the published models, the ladder's one dial moves everything one way, and every config can run."""
 
+import dataclasses
+import pathlib
+import runpy
+
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from lm_jax import config
 from lm_jax.config import ConfigError
 from lm_jax.models import zoo
+from lm_jax.models.transformer import Transformer
 
 # Parameters as the papers, model cards or published checkpoints have them (with the pretraining heads for BERT).
 PUBLISHED = {
@@ -80,6 +87,9 @@ def test_the_ladder_counts_what_the_model_holds():
         assert count(model) - model.vocab * model.width == zoo.non_embedding(rung)
 
 
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+SIZES = {"tiny": 2.1e6, "tiny_bert": 2.2e6, "tiny_t5": 3.9e6, "125m": 125e6, "1b": 1.1e9, "8b": 8e9, "bert_base": 110e6,
+         "t5_base": 220e6, "ul2": 250e6, "moe": 6.9e9}
 IMPOSSIBLE = [{}, {"depth": 3, "params": 1e6}, {"depth": 61}, {"depth": -1}, {"params": 1e4}, {"params": 1e12}]
 
 
@@ -87,6 +97,16 @@ IMPOSSIBLE = [{}, {"depth": 3, "params": 1e6}, {"depth": 61}, {"depth": -1}, {"p
 def test_a_dial_that_cannot_be_set_says_what_can(dial):
     with pytest.raises(ConfigError, match="exactly one|rungs go from"):
         zoo.ladder(**dial)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_can_run_and_is_as_large_as_it_says(path):
+    c = config.resolve(runpy.run_path(str(path))["get_config"]())
+    assert c.name == path.stem, "the run's default folder is named after the file"
+    assert c.optim.warmup < c.train.steps
+    assert path.read_text("utf-8").count("\n") <= 31, "a config says only what differs"
+    params = count(dataclasses.replace(c.model, vocab=c.model.vocab or c.data.vocab))
+    assert params == pytest.approx(SIZES[path.stem], rel=0.05)
 
 
 def settings(values: dict) -> config.TransformerConfig:
@@ -98,22 +118,6 @@ def settings(values: dict) -> config.TransformerConfig:
 
 
 def count(m: config.TransformerConfig) -> int:
-    """Parameters by the papers' arithmetic, independent of the model's code."""
-    d, f, h = m.width, m.hidden, m.head_size or m.width // m.heads
-    q, kv = m.heads * h, (m.kv_heads or m.heads) * h
-    norm = d * (2 if m.norm == "layer" and m.bias != "none" else 1)
-    norms = {"pre": 2, "post": 2, "sandwich": 4}[m.norm_place] * norm
-    attention = d * q + 2 * d * kv + q * d + (2 * h if m.qk_norm else 0)
-    mlp = (3 if m.gated else 2) * d * f
-    if m.moe.experts:
-        mlp = (m.moe.experts + m.moe.shared) * mlp + d * m.moe.experts
-    biases = (q + 2 * kv + d) + (f + d) if m.bias == "all" else 0
-    stack = (norm if m.norm_place != "post" else 0) + (32 * m.heads if m.positions == "relative" else 0)
-    total = m.depth * (attention + mlp + norms + biases) + stack
-    if m.encoder_depth:
-        total += m.encoder_depth * (attention + mlp + norms) + stack + m.depth * (attention + norm)
-    total += m.vocab * d * (1 if m.tied else 2) + m.types * d + (norm if m.embed_norm else 0)
-    total += m.max_length * d if m.positions == "learned" else 0
-    total += d * d + d + norm + m.vocab if m.head in ("mlm", "bert") else 0  # dense, norm and the output table's bias
-    return total + (d * d + d + 2 * d + 2 if m.head == "bert" else 0)  # pooler and next-sentence head
-
+    """Parameters of the model itself, made of shapes only."""
+    model = jax.eval_shape(lambda: Transformer(m, rngs=nnx.Rngs(0)))
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
