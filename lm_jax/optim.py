@@ -2,9 +2,9 @@
 
     w <- w - lr(t) * (direction / m_N**transfer + weight_decay * w)          decay on matrices and heads only
 
-`m_N` is a matrix's fan-in over the base model's, 1 outside muP. Its learning rate shrinks with it and the decay of a step
-does not, which is CompleteP's rule (Dey et al. 2025, table 1, alpha = 1: rate / m_N, weight decay * m_N, and with that
-alpha no change with depth). Every direction keeps float32 state laid out like the parameters.
+`m_N` is a matrix's fan-in over the base model's, 1 outside muP. Its learning rate shrinks with it and the decay of a
+step does not, which is CompleteP's rule (Dey et al. 2025, table 1, alpha = 1: rate / m_N, weight decay * m_N, and with
+that alpha no change with depth). Every direction keeps float32 state laid out like the parameters.
 """
 
 import math
@@ -20,7 +20,7 @@ WINDOW = 128  # accepted losses from which a spike is told
 
 
 class State(NamedTuple):
-    """The guard's state around the optimizer's own; a skipped update changes its two counters of skips and nothing else."""
+    """The guard's state around the optimizer's own; a skipped update changes its two counts of skips and no more."""
 
     inner: Any  # of the optax chain
     accepted: jax.Array  # updates made; the schedule's step
@@ -153,9 +153,9 @@ def _adafactor(o, kinds):
 
 DIRECTIONS = {"adamw": _adam, "adafactor": _adafactor, "lion": _lion, "muon": _muon}
 
-# A matrix's rate is divided by m_N to this power. An update of Adam or Lion has entries of fixed size that line up, so its
-# norm grows with the fan-in: 1. Muon's do not line up and it grows with the root; Adafactor's are Adam's times the weights'
-# root mean square, which falls with the root: one half is left for either.
+# A matrix's rate is divided by m_N to this power. An update of Adam or Lion has entries of fixed size that line up, so
+# its norm grows with the fan-in: 1. Muon's do not line up and it grows with the root; Adafactor's are Adam's times the
+# weights' root mean square, which falls with the root: one half is left for either.
 TRANSFER = {"adamw": 1.0, "lion": 1.0, "adafactor": 0.5, "muon": 0.5}
 
 
@@ -163,9 +163,9 @@ def _guarded(tx, o):
     """Clip by global norm, then `tx`, then the average of the weights; all of it only where the update is accepted."""
 
     def init(params):
-        zero = jnp.zeros([], jnp.int32)
+        counts = (jnp.zeros([], jnp.int32) for _ in range(3))  # three buffers, so that a step may be given all to reuse
         ema = jax.tree.map(jnp.copy, params) if o.ema else ()
-        return State(tx.init(params), zero, zero, zero, jnp.zeros([WINDOW], jnp.float32), ema)
+        return State(tx.init(params), *counts, jnp.zeros([WINDOW], jnp.float32), ema)
 
     def update(grads, state, params, *, loss, **_):
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
@@ -175,7 +175,7 @@ def _guarded(tx, o):
         updates, inner = tx.update(grads, state.inner, params)
         updates = jax.tree.map(lambda u: jnp.where(good, u, 0), updates)  # where, as 0 * NaN is NaN
         count = state.accepted + 1
-        average = (1 - o.ema) / -jnp.expm1(count * jnp.log(o.ema)) if o.ema else 1.0  # 1 at first: the start has no weight
+        average = (1 - o.ema) / -jnp.expm1(count * jnp.log(o.ema)) if o.ema else 1.0  # first 1: the start is forgotten
         moved = State(
             inner, count, state.skipped, jnp.zeros_like(state.streak),
             window=jnp.where(jnp.arange(WINDOW) == state.accepted % WINDOW, loss, state.window),

@@ -1,0 +1,241 @@
+"""Checkpoints: asynchronous, atomic, proven whole before they are believed, restored onto any mesh.
+
+    <folder>/<step>/arrays/...          the state as nested dicts of arrays, by orbax
+    <folder>/<step>/MANIFEST.json       step, extra, shape and dtype of each leaf, size and SHA-256 of each file
+
+A checkpoint is written as `saving-<step>`, sealed with its manifest, and renamed when all of it has reached the disk: a
+folder named by a number is whole, or was damaged later. Orbax checks no sums and restores a flipped bit in silence, so
+every file is compared with the manifest before it is read. A damaged checkpoint is renamed `<step>.bad`, never deleted,
+and the one before it is taken. Of several processes each writes its shards; only process 0 judges, renames and deletes.
+"""
+
+import json
+import logging
+import shutil
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
+
+from lm_jax import seal
+from lm_jax.config import ConfigError
+
+NONE, BAD = -1, -2  # what process 0 tells the others in place of a step
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written, or none left that can be read; the message names the cause."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: the `keep` newest stay; without `keep` the folder is read and left as it is."""
+
+    def __init__(self, folder, *, keep: int | None = None, say=print):
+        self.folder = Path(folder).absolute()
+        self._keep = keep
+        self._say = say
+        self._thread = None
+        self._error = None
+        logging.getLogger("absl").addFilter(_not_from_orbax)
+
+    def save(self, step: int, tree, extra: dict) -> bool:
+        """Begin to save a pytree of arrays and a JSON-able dict; returns once the arrays are copied from the devices.
+
+        Waits for the save before, and raises its error. A step that is already there is left as it is: False.
+        """
+        if self._keep is None:
+            raise ValueError(f"{self.folder} was opened for reading: pass keep= to save")
+        self.wait()
+        if step in self.steps():
+            return False
+        leaves = _named(tree)
+        body = {"step": step, "extra": json.loads(json.dumps(extra)), "leaves": _signature(leaves)}
+        part = self.folder / f"saving-{step}"
+        try:
+            if jax.process_index() == 0:
+                self._sweep()
+                part.mkdir(parents=True)
+            checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+            checkpointer.save(part / "arrays", args=ocp.args.PyTreeSave(_nested(leaves)))
+        except Exception as e:
+            self._fail(step, part, e)
+            self.poll()
+        self._thread = threading.Thread(target=self._finish, args=(step, part, body, checkpointer), name="checkpoint")
+        self._thread.start()
+        return True
+
+    def restore(self, like, *, partial: bool = False):
+        """(step, tree, extra) of the newest intact checkpoint, or None if there has never been one.
+
+        `like` is a pytree of arrays or ShapeDtypeStructs whose shardings say where the values go, on whatever mesh;
+        leaves without one are replicated over the mesh in use, or on JAX's first device. `partial` allows `like` to ask
+        for fewer leaves than were saved. Raises ConfigError where names, shapes or dtypes differ, CheckpointError where
+        every checkpoint is damaged.
+        """
+        self.wait()
+        step = self._agreed_step()
+        if step is None:
+            return None
+        manifest = seal.read(self.folder / str(step))
+        leaves = {name: _placed(leaf) for name, leaf in _named(like).items()}
+        _compare(step, manifest["leaves"], _signature(leaves), partial=partial)
+        item = _nested(leaves)
+        args = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=partial)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = _named(checkpointer.restore(self.folder / str(step) / "arrays", args=args))
+        tree = jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in leaves])
+        return step, tree, manifest["extra"]
+
+    def steps(self) -> list[int]:
+        """Steps with a manifest, oldest first, as the disk has them now."""
+        return [int(path.name) for path in self._numbered() if (path / seal.NAME).is_file()]
+
+    def poll(self):
+        """Raise the error of a save in the background, if it has failed by now."""
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self):
+        """Return when nothing is being saved; raises the error of the last save."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+    def close(self):
+        self.wait()
+
+    def _finish(self, step, part, body, checkpointer):
+        """The background's share: the rest of the arrays, the manifest, the rename, the oldest one's end."""
+        try:
+            checkpointer.wait_until_finished()  # of all processes
+            checkpointer.close()
+            if jax.process_index() == 0:
+                seal.write(part, body)
+                part.rename(self.folder / str(step))
+                seal.sync(self.folder)
+                for old in self.steps()[:-self._keep]:
+                    self._remove(self.folder / str(old))
+        except BaseException as e:
+            self._fail(step, part, e)
+
+    def _fail(self, step, part, error):
+        """Note the error for whoever polls, and give back the disk that the attempt took."""
+        free = shutil.disk_usage(self.folder).free / 2**20 if self.folder.exists() else 0
+        if jax.process_index() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        cause = " ".join(str(error).split())[-200:]  # orbax names the system's error last
+        self._error = CheckpointError(f"checkpoint {step} was not saved in {self.folder}, where {free:.0f} MiB were free; "
+                                      f"those before it are intact. {type(error).__name__}: ...{cause}")
+        self._error.__cause__ = error
+
+    def _agreed_step(self) -> int | None:
+        """What process 0 finds, told to all."""
+        code, problem = 0, "process 0 found no intact checkpoint"
+        if jax.process_index() == 0:
+            try:
+                step = self._newest_intact()
+                code = NONE if step is None else step
+            except CheckpointError as e:
+                code, problem = BAD, str(e)
+        if jax.process_count() > 1:
+            code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
+        if code == BAD:
+            raise CheckpointError(problem)
+        return None if code == NONE else code
+
+    def _newest_intact(self) -> int | None:
+        damaged = list(self.folder.glob("*.bad*"))
+        for path in reversed(self._numbered()):
+            try:
+                seal.verify(path)
+                return int(path.name)
+            except seal.DamagedError as e:
+                damaged.append(self._quarantine(path, str(e)))
+        if damaged:
+            names = ", ".join(sorted(path.name for path in damaged))
+            raise CheckpointError(f"no intact checkpoint in {self.folder}: {names} damaged. Bring one back, or remove "
+                                  f"them to start afresh")
+        return None
+
+    def _quarantine(self, path, reason):
+        """Rename a damaged checkpoint and say so."""
+        aside = path
+        if self._keep is not None:
+            names = (path.with_name(f"{path.name}.bad{i}") for i in ("", *range(2, 1000)))
+            aside = path.rename(next(name for name in names if not name.exists()))
+        self._say(f"warning: checkpoint {path} is damaged: {reason}. Kept as {aside.name}; trying the one before it")
+        return aside
+
+    def _sweep(self):
+        """Remove what a save or a removal that was killed has left."""
+        for pattern in ("saving-*", "deleting-*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path)
+
+    def _remove(self, path):
+        """Delete a checkpoint, which under its own name is whole until it is gone."""
+        shutil.rmtree(path.rename(path.with_name(f"deleting-{path.name}")))
+
+    def _numbered(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        numbered = (path for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
+        return sorted(numbered, key=lambda path: int(path.name))
+
+
+def _compare(step, saved, wanted, *, partial):
+    """Raise ConfigError unless what was saved is what is wanted."""
+    names = wanted if partial else wanted.keys() | saved.keys()
+    lines = [f"{name}: {saved.get(name, 'nothing')} saved, {wanted.get(name, 'nothing')} wanted"
+             for name in sorted(names) if saved.get(name) != wanted.get(name)]
+    if lines:
+        lines[5:] = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
+        raise ConfigError(f"checkpoint {step} is of another model or optimizer: use the config that it was saved with, "
+                          "or another --workdir\n  " + "\n  ".join(lines))
+
+
+def _signature(leaves) -> dict[str, str]:
+    return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in leaves.items()}
+
+
+def _placed(leaf):
+    """Shape, dtype and a sharding over real devices."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        mesh = jax.sharding.get_mesh()
+        sharding = SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, jax.P())
+    elif isinstance(getattr(sharding, "mesh", None), AbstractMesh):  # as jax.eval_shape gives it
+        sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _named(tree) -> dict:
+    """"/"-joined path -> leaf, in the tree's order, whatever the tree is made of."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
+    if len(leaves) != len(pairs):
+        raise ValueError("two leaves of the tree have one name: keep '/' out of its keys")
+    return leaves
+
+
+def _nested(leaves) -> dict:
+    """The same as nested plain dicts, which is all that the disk sees."""
+    tree = {}
+    for name, leaf in leaves.items():
+        *folders, last = name.split("/")
+        inner = tree
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = leaf
+    return tree
+
+
+def _not_from_orbax(record) -> bool:
+    """Keeps orbax from printing the tracebacks of errors in its threads: they are raised here, in a sentence."""
+    return "orbax" not in record.pathname or record.levelno < logging.ERROR

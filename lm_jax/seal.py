@@ -1,0 +1,79 @@
+"""Sealed folders: a manifest of every file's size and SHA-256, written last, tells whether a folder is still whole."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+NAME = "MANIFEST.json"
+
+
+class DamagedError(Exception):
+    """What is wrong with a sealed folder."""
+
+
+def write(folder, body: dict):
+    """Seal `folder`: bring all of it to the disk, then a manifest of its files and of `body`, a JSON-able dict."""
+    body = body | {"files": _digests(folder)}
+    with open(folder / NAME, "w") as f:
+        json.dump({"sha256": _digest(body), "body": body}, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync(inner)
+
+
+def read(folder) -> dict:
+    """The `body` that a folder was sealed with, and "files"; DamagedError if it is not what was written."""
+    try:
+        manifest = json.loads((folder / NAME).read_bytes())
+        body, digest = manifest["body"], manifest["sha256"]
+    except FileNotFoundError:
+        raise DamagedError(f"it has no {NAME}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise DamagedError(f"{NAME} cannot be read ({type(e).__name__})") from e
+    if digest != _digest(body):
+        raise DamagedError(f"{NAME} has another SHA-256 than when it was written")
+    return body
+
+
+def verify(folder):
+    """Raise DamagedError unless every file is what it was: sizes first, as they cost nothing."""
+    files = read(folder)["files"]
+    for name, (size, _) in files.items():
+        if not (folder / name).is_file():
+            raise DamagedError(f"{name} is missing")
+        if (folder / name).stat().st_size != size:
+            raise DamagedError(f"{name} has {(folder / name).stat().st_size} bytes of {size}")
+    try:
+        found = _digests(folder)
+    except OSError as e:
+        raise DamagedError(f"it cannot be read: {e}") from e
+    for name, expected in files.items():
+        if found[name] != expected:
+            raise DamagedError(f"{name} has another SHA-256 than when it was written")
+
+
+def sync(folder):
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _digest(body) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(folder) -> dict[str, list]:
+    """File -> [bytes, SHA-256] of everything below `folder` but the manifest, each made sure to be on the disk."""
+
+    def read(file):
+        with open(file, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+            os.fsync(f.fileno())
+            return [f.tell(), digest]
+
+    names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != NAME]
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # other threads run while one hashes
+        return dict(zip(names, pool.map(read, [folder / name for name in names])))
