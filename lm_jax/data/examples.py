@@ -44,13 +44,19 @@ class Spec:
         data, have = self.data, len(self.tokenizer.sentinels)
         need = max((spans.counts(window(data), denoiser)[1] for denoiser in denoisers(data)), default=0)
         if need > have:
+            cure = f" or set data.span={data.span * need / have:.2f}" if data.objective == "span" else ""
             raise ConfigError(f"data.length={data.length} needs {need} sentinels a row and the tokenizer has {have}: "
-                              f"shorten data.length or raise data.span={data.span} to {data.span * need / have:.2f}")
+                              f"shorten data.length{cure}")
 
     @functools.cached_property
     def ordinary(self):
         """bool[V]: ids that stand for text; only these are hidden or drawn."""
         return self.tokenizer.byte_lengths > 0
+
+    @functools.cached_property
+    def ids(self):
+        """The ordinary ids themselves."""
+        return np.flatnonzero(self.ordinary)
 
 
 def window(data):
@@ -69,12 +75,17 @@ def target_length(data):
 
 def make(pieces, rng, spec):
     """One row as a dict of arrays without a batch axis."""
-    return _row(batch([pieces], [rng], spec), 0)
+    return first(batch([pieces], [rng], spec))
 
 
 def batch(rows, rngs, spec):
     """Rows (lists of pieces; an empty list is a row of padding) and a generator each -> arrays with a batch axis."""
     return OBJECTIVES[spec.data.objective].make(rows, rngs, spec)
+
+
+def first(made):
+    """The first row of a batch, without the batch axis."""
+    return {key: first(value) if isinstance(value, dict) else value[0] for key, value in made.items()}
 
 
 def causal(rows, rngs, spec):
@@ -158,11 +169,10 @@ def _hide(tokens, segments, rng, spec):
     budget = min(len(able), max(1, round(spec.data.noise * len(able))))
     chosen = _words(able, tokens, budget, rng, spec) if spec.data.whole_words else rng.permutation(able)[:budget]
     fate = rng.random(len(chosen))
-    ids = np.flatnonzero(spec.ordinary)
     noised, weights = tokens.copy(), np.zeros(len(tokens), np.float32)
     noised[chosen[fate < HIDE]] = spec.tokenizer.mask
     swapped = chosen[fate >= 1 - SWAP]
-    noised[swapped] = ids[rng.integers(len(ids), size=len(swapped))]
+    noised[swapped] = spec.ids[rng.integers(len(spec.ids), size=len(swapped))]
     weights[chosen] = 1
     return noised, weights
 
@@ -205,7 +215,7 @@ def _pair(b, pieces, rng, spec):
 def _texts(pieces, spec):
     """The pieces without bos, the last also without the eos that ends it."""
     texts = [piece[piece != spec.tokenizer.bos].astype(np.int32) for piece in pieces]
-    if texts and texts[-1][-1:] == spec.tokenizer.eos:
+    if texts and texts[-1][-1:].tolist() == [spec.tokenizer.eos]:
         texts[-1] = texts[-1][:-1]
     return texts
 
@@ -230,16 +240,15 @@ def _line(tokens, length):
 
 
 def _pad(values, length):
-    return np.pad(np.asarray(values), (0, length - len(values))).astype(np.int32)
+    padded = np.zeros(length, np.int32)
+    padded[: len(values)] = values
+    return padded
 
 
 def _stacked(rows):
-    return {key: _stacked([row[key] for row in rows]) if isinstance(value, dict) else np.stack([row[key] for row in rows])
-            for key, value in rows[0].items()}
-
-
-def _row(made, b):
-    return {key: _row(value, b) if isinstance(value, dict) else value[b] for key, value in made.items()}
+    if isinstance(rows[0], dict):
+        return {key: _stacked([row[key] for row in rows]) for key in rows[0]}
+    return np.stack(rows)
 
 
 OBJECTIVES = {

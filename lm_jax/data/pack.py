@@ -44,7 +44,7 @@ def concat(shards, window, overlap):
 
 
 def fit(shards, window, overlap):
-    """Best-fit decreasing (Ding et al. 2024, "Fewer truncations"); documents longer than a row are cut into rows first."""
+    """Best-fit decreasing (Ding et al. 2024, "Fewer truncations"); documents longer than a row are cut first."""
     for shard, offsets in enumerate(shards):
         sizes = np.diff(offsets) - overlap
         parts = -(-sizes // window)
@@ -87,8 +87,8 @@ def best_fit(lengths, window):
             rest = count % each if full < len(open_rows) else 0
             taken += [np.repeat(open_rows[:full], each), open_rows[full : full + 1].repeat(rest)]
             untouched = full + (rest > 0)
-            for group, space in ((open_rows[:full], room - each * size), (open_rows[full:untouched], room - rest * size),
-                                 (open_rows[untouched:], room)):
+            for group, space in ((open_rows[:full], room - each * size), (open_rows[untouched:], room),
+                                 (open_rows[full:untouched], room - rest * size)):
                 if len(group):
                     left[space].append(group)
                     some[space] = True

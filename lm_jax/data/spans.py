@@ -4,6 +4,7 @@ The encoder reads the text with one sentinel for each hidden span and an eos; th
 span and an eos. So n raw tokens become two rows whose lengths follow from n alone, and both have fixed shapes.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ def ul2(noise, span):
             Denoiser(X, noise, 64), Denoiser(X, 0.5, 64), Denoiser(S, 0.25, math.inf))
 
 
+@functools.cache
 def window(length, denoisers):
     """Most raw tokens whose encoder input fits `length` under each denoiser (T5's random_spans_helper)."""
     n = max(2, length // 2)

@@ -1,0 +1,137 @@
+"""The first stage of a store: every source is read once into Parquet parts, split into train and validation.
+
+A document's split follows from a hash of its id, so it does not move when other documents come or go.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from lm_jax.config import ConfigError
+from lm_jax.data import sources
+
+SPLITS = ("train", "validation")
+GROUP = 4 << 20  # bytes of text held in memory, a Parquet row group
+PART = 64 << 20  # bytes of text in a file, and so in a shard of tokens
+COLUMNS = ("id", "source", "text", "lang", "meta")
+
+
+def write(folder: Path, data, specs: dict[str, str], say) -> dict:
+    """Parts of all sources; returns the record of the stage: files, documents and bytes a split, what was dropped."""
+    record = {"files": {}, "splits": {split: {} for split in SPLITS}, "read": {}}
+    for tag, spec in specs.items():
+        parts, report = _split(folder, tag, spec, data, say)
+        record["read"][tag] = dict(report)
+        for split, part in parts.items():
+            record["splits"][split][tag] = {"docs": part.docs, "bytes": part.bytes, "nats": part.nats}
+            record["files"] |= part.files
+    return record
+
+
+def groups(path: Path, column: str = "text") -> Iterator[list[str]]:
+    """A column of a part, one row group at a time."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for i in range(file.num_row_groups):
+            yield file.read_row_group(i, columns=[column])[column].to_pylist()
+
+
+def texts(paths) -> Iterator[str]:
+    for path in paths:
+        for group in groups(path):
+            yield from group
+
+
+class Parts:
+    """Documents of one source and split, appended to part after part; memory is one row group."""
+
+    def __init__(self, folder: Path, tag: str, split: str):
+        self.folder, self.tag, self.split = folder, tag, split
+        self.files, self.docs, self.bytes, self.nats = {}, 0, 0, 0.0
+        self._rows, self._held, self._writer, self._name = [], 0, None, None
+
+    def add(self, document: sources.Document):
+        size = len(document.text.encode())
+        self._rows.append(document._replace(meta=json.dumps(document.meta)))
+        self._held, self.docs, self.bytes = self._held + size, self.docs + 1, self.bytes + size
+        nats = document.meta.get("nats")  # only sources of known entropy have it
+        self.nats = None if nats is None or self.nats is None else self.nats + nats
+        if self._held >= GROUP:
+            self._flush()
+
+    def close(self):
+        self._flush()
+        self._end()
+
+    def _flush(self):
+        import pyarrow
+
+        if not self._rows:
+            return
+        if self._writer is None:
+            self._begin()
+        columns = {key: pyarrow.array(values, pyarrow.large_string()) for key, values in zip(COLUMNS, zip(*self._rows))}
+        self._writer.write_table(pyarrow.table(columns))
+        entry = self.files[self._name]
+        entry["docs"], entry["text_bytes"] = entry["docs"] + len(self._rows), entry["text_bytes"] + self._held
+        self._rows, self._held = [], 0
+        if entry["text_bytes"] >= PART:
+            self._end()
+
+    def _begin(self):
+        import pyarrow
+        import pyarrow.parquet
+
+        number = len(self.files)
+        self._name = f"part-{self.tag}-{self.split}-{number:05d}.parquet"
+        self.files[self._name] = {"tag": self.tag, "split": self.split, "number": number, "docs": 0, "text_bytes": 0}
+        self._file = open(self.folder / self._name, "wb")
+        schema = pyarrow.schema([(key, pyarrow.large_string()) for key in COLUMNS])
+        self._writer = pyarrow.parquet.ParquetWriter(self._file, schema, compression="zstd")
+
+    def _end(self):
+        if self._writer is not None:
+            self._writer.close()
+            self._file.close()
+            self._writer = None
+
+
+def _split(folder, tag, spec, data, say):
+    """(parts by split, what was read) of one source; neither split is empty.
+
+    If all of a few documents hash to one side, the line between the sides moves and the source is read again.
+    """
+    line, halve = int(data.validation * 2.0**64), False
+    for _ in range(2):
+        report, hashes = Counter(), [1 << 64, -1]
+        parts = {split: Parts(folder, tag, split) for split in SPLITS}
+        for document in sources.read(spec, invalid=data.invalid, report=report):
+            h = int.from_bytes(hashlib.sha256(document.id.encode()).digest()[:8])
+            hashes = [min(hashes[0], h), max(hashes[1], h)]
+            if halve:
+                for split, half in zip(SPLITS, _halves(document, data.validation)):
+                    parts[split].add(half)
+            else:
+                parts["validation" if h < line else "train"].add(document)
+        for part in parts.values():
+            part.close()
+        if not report["documents"]:
+            raise ConfigError(f"data.sources: {spec} has no document with text: {dict(report) or 'it is empty'}")
+        if all(part.docs for part in parts.values()):
+            return parts, report
+        halve = report["documents"] == 1
+        line = hashes[1] if parts["validation"].docs else hashes[0] + 1
+        say(f"{tag}: a single document, whose end is held out for validation" if halve else
+            f"{tag}: {report['documents']} documents, one moved so that both train and validation have text")
+    raise ConfigError(f"data.sources: {spec} cannot be split into train and validation: give it another document")
+
+
+def _halves(document, share):
+    """A document cut at the line that ends nearest before the validation share."""
+    at = document.text.rfind("\n", 0, int(len(document.text) * (1 - share))) + 1
+    at = at or max(1, int(len(document.text) * (1 - share)))
+    halves = ((document.id + "#train", document.text[:at]), (document.id + "#validation", document.text[at:]))
+    return [document._replace(id=id, text=text, meta={}) for id, text in halves if text.strip()]

@@ -1,0 +1,156 @@
+"""Batches for training and evaluation. Row k is a pure function of (store digest, seed, k).
+
+So the data position is one integer: a run resumes at any step, on any number of hosts, and any batch can be made again
+years later. A background thread keeps a few batches ready.
+"""
+
+import hashlib
+import queue
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+
+from lm_jax.config import ConfigError, DataConfig
+from lm_jax.data import examples, mixture
+from lm_jax.data.store import Store
+
+
+class Loader:
+    """Rows 0 .. rows_needed - 1 of a run over all sources of a store, mixed, shuffled and made into examples.
+
+    Where `data.weights` has stages they are fractions of `rows_needed`; otherwise row k does not depend on it.
+    Raises ConfigError if the sources, each repeated at most `data.epochs` times, have fewer rows.
+    """
+
+    def __init__(self, store: Store, data: DataConfig, *, batch: int, seed: int, rows_needed: int):
+        self.batch_size, self.rows_needed = batch, rows_needed
+        self._sources = [store.rows("train", tag) for tag in store.tags]
+        sizes = [len(rows) for rows in self._sources]
+        self._stretches = mixture.schedule(sizes, data.weights, epochs=data.epochs, needed=rows_needed)
+        self._key = _key(store.digest, str(seed))
+        self._keys = [_key(store.digest, str(seed), tag) for tag in store.tags]
+        self._data, self._tokenizer = data, store.tokenizer
+
+    def row(self, k: int) -> dict:
+        """Row k, without a batch axis."""
+        return examples.first(self.rows(np.array([k])))
+
+    def batch(self, step: int, *, host: int = 0, hosts: int = 1) -> dict:
+        """This host's rows of a step's batch: rows step x B + [host, host + 1) x B / hosts."""
+        each = _per_host(self.batch_size, hosts)
+        return self.rows(step * self.batch_size + host * each + np.arange(each))
+
+    def stream(self, step: int, *, host: int = 0, hosts: int = 1, depth: int = 2) -> "Stream":
+        """Batches from `step` to the end of the run, made `depth` ahead by a thread; use it in a `with`."""
+        _per_host(self.batch_size, hosts)
+        steps = range(step, self.rows_needed // self.batch_size)
+        return Stream((self.batch(at, host=host, hosts=hosts) for at in steps), depth)
+
+    def rows(self, k: np.ndarray) -> dict:
+        """Rows of any numbers, as a batch."""
+        source, index = self.locate(k)
+        places = list(zip(source.tolist(), index.tolist()))
+
+        def other(b, rng):
+            rows, row = self._sources[places[b][0]], places[b][1]
+            return rows[(row + 1 + int(rng.integers(max(1, len(rows) - 1)))) % len(rows)]
+
+        spec = examples.Spec(self._data, self._tokenizer, other)
+        return examples.batch([self._sources[s][i] for s, i in places], (_generator(self._key, row) for row in k), spec)
+
+    def locate(self, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(number of the source, row of that source) of each row of the run."""
+        if len(k) and not (0 <= k.min() and k.max() < self.rows_needed):
+            raise IndexError(f"row {k.max() if k.min() >= 0 else k.min()} of a run of {self.rows_needed} rows")
+        source, index = mixture.locate(self._stretches, k)
+        for s, rows in enumerate(self._sources):
+            here = source == s
+            if here.any():
+                index[here] = mixture.shuffled(index[here], len(rows), self._keys[s])
+        return source, index
+
+
+def validation(store: Store, data: DataConfig, tag: str, *, batch: int, rows: int, host: int = 0,
+               hosts: int = 1) -> Iterator[dict]:
+    """`rows` rows (0: all) of a source's validation split, spread evenly over it: the same rows and noise every time.
+
+    The last batch is filled up with rows of padding, whose segments and weights are 0.
+    """
+    held, each = store.rows("validation", tag), _per_host(batch, hosts)
+    count = min(rows, len(held)) if rows else len(held)
+    places = (np.arange(count) * len(held) // count).tolist()
+    key = _key(store.digest, "validation", tag)
+    for start in range(0, count, batch):
+        here = places[start : start + batch]
+        mine = (here + [None] * (batch - len(here)))[host * each : (host + 1) * each]
+
+        def other(b, rng):
+            return held[(mine[b] + 1 + int(rng.integers(max(1, len(held) - 1)))) % len(held)]
+
+        spec = examples.Spec(data, store.tokenizer, other)
+        pieces = [[] if i is None else held[i] for i in mine]
+        yield examples.batch(pieces, (_generator(key, i or 0) for i in mine), spec)
+
+
+class Stream:
+    """An iterator run ahead by a thread, whose exceptions reach the consumer; closing waits for the thread."""
+
+    def __init__(self, batches: Iterator[dict], depth: int):
+        self._queue, self._stop = queue.Queue(max(1, depth)), threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(batches,), name="batches", daemon=True)
+        self._thread.start()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        if self._stop.is_set():
+            raise StopIteration
+        batch, error = self._queue.get()
+        if error is not None:
+            self.close()
+            raise error
+        return batch
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        self._stop.set()
+        while self._thread.is_alive():
+            self._drain()  # the thread may be waiting for room
+            self._thread.join(0.01)
+        self._drain()
+
+    def _drain(self):
+        while not self._queue.empty():
+            self._queue.get_nowait()
+
+    def _run(self, batches):
+        try:
+            for batch in batches:
+                self._queue.put((batch, None))
+                if self._stop.is_set():
+                    return
+            self._queue.put((None, StopIteration()))
+        except BaseException as error:
+            self._queue.put((None, error))
+
+
+def _per_host(batch, hosts):
+    if batch % hosts:
+        raise ConfigError(f"train.batch={batch} over {hosts} hosts: use a multiple of {hosts}")
+    return batch // hosts
+
+
+def _key(*parts: str) -> int:
+    return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8])
+
+
+def _generator(key, row):
+    """The row's own random numbers, the same in whatever batch it is made."""
+    return np.random.Generator(np.random.Philox(key=np.array([key, row], np.uint64)))
