@@ -152,7 +152,7 @@ def tfds(argument: str) -> Iterator[Raw]:
     given, field = _field(argument)
     name, split = re.fullmatch(r"([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?", given, re.DOTALL).groups()
     try:
-        data = tensorflow_datasets.data_source(name, split=split or "train")
+        data = tensorflow_datasets.data_source(name, split=split or "train", data_dir=os.environ.get("TFDS_DATA_DIR"))
     except Exception as error:  # whatever TFDS raises: unknown name, no network, files in a format that it cannot index
         raise ConfigError(f"data.sources: tfds:{given} cannot be opened: {error}") from error
     for number in range(len(data)):
@@ -230,7 +230,7 @@ def _value(row: dict, field: str, place: str):
 
 
 def _bytes(value, place: str) -> bytes:
-    """The bytes of a text field. A lone surrogate (JSON can spell it, UTF-8 cannot) becomes bytes that are not UTF-8."""
+    """The bytes of a text field. Lone surrogates, which JSON can spell and UTF-8 cannot, become invalid bytes."""
     if not isinstance(value, (str, bytes, NoneType)):
         raise ConfigError(f"{place}: the field is {type(value).__name__}, not text; name another one after '#'")
     if not isinstance(value, str):

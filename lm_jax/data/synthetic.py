@@ -238,7 +238,7 @@ class Facts(Law):
         return self.pairs * float(_entropy(self.odds))
 
     def excess(self, *, stored: float = math.inf, seen: float = math.inf) -> float:
-        """Expected nats a document above `nats()` if of the facts met in `seen` draws the `stored` likeliest are known."""
+        """Nats a document above `nats()` to expect if only the `stored` likeliest of what `seen` draws met is known."""
         unmet = np.exp(seen * np.log1p(-self.odds)) if math.isfinite(seen) else np.zeros(self.facts)
         unmet[np.arange(self.facts) >= stored] = 1
         return float(self.odds @ unmet) * self.pairs * self.value * math.log(26)

@@ -128,5 +128,5 @@ def _cure(kind: str, error: str, vocab: int, lines: list[str]) -> str:
     if fits := re.search(r"<= (\d+)", error):
         return f"data.vocab={vocab} is more than this corpus can fill: use at most {fits[1]}, or more text"
     if least := re.search(r"(\d+) vs (\d+)", error):
-        return f"data.vocab={vocab} does not hold the specials, bytes and characters of this corpus: use at least {least[2]}"
+        return f"data.vocab={vocab} cannot hold specials, bytes and characters of the corpus: use at least {least[2]}"
     return f"data.tokenizer={kind!r} could not be trained with data.vocab={vocab}: {error}"

@@ -136,7 +136,7 @@ class HuggingFace(Vocabulary):
         try:
             import tokenizers
         except ImportError as error:
-            raise ConfigError("a Hugging Face tokenizer.json needs the tokenizers package: pip install 'lm_jax[hf]'") from error
+            raise ConfigError("a Hugging Face tokenizer.json needs a package: pip install tokenizers") from error
         try:
             self._model = model = tokenizers.Tokenizer.from_str(file.decode())
         except Exception as error:  # the package raises bare Exceptions
@@ -165,7 +165,7 @@ BACKENDS = {"Bytes": Bytes, "Pieces": Pieces, "HuggingFace": HuggingFace}
 
 
 def _starts_word(piece: bytes) -> bool:
-    """Whether a word (for whole-word masking) begins at this piece: at a blank, a symbol or an ideograph, not a letter."""
+    """Whether a word (for whole-word masking) begins here: at a blank, a symbol or an ideograph, not inside letters."""
     first = piece.decode(errors="ignore")[:1]
     return bool(first) and (not (first.isalnum() or first == "_") or "\u2e80" <= first <= "\u9fff")
 
@@ -181,8 +181,8 @@ def _speller(spec: dict):
         inside = spec["model"]["continuing_subword_prefix"]
         return lambda piece: piece.removeprefix(inside).encode() if piece.startswith(inside) else b" " + piece.encode()
     if '"ByteLevel"' in json.dumps([spec["pre_tokenizer"], spec["decoder"]]):
-        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2: printable bytes are written as themselves,
-        hidden = sorted(set(range(256)) - set(shown))  # the others as the characters from 256 on
+        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes printable bytes as themselves
+        hidden = sorted(set(range(256)) - set(shown))  # and the others as the characters from 256 on
         table = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
         return lambda piece: bytes(map(table.__getitem__, piece)) if set(piece) <= table.keys() else piece.encode()
     return lambda piece: _byte(piece) if re.fullmatch("<0x[0-9A-F]{2}>", piece) else piece.replace(BLANK, " ").encode()

@@ -1,0 +1,184 @@
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lm_jax.config import ConfigError
+from lm_jax.data import sources
+
+
+def read(spec, *, invalid="error"):
+    report = Counter()
+    return list(sources.read(spec, invalid=invalid, report=report)), report
+
+
+def compress(path, data, codec):
+    with pyarrow.CompressedOutputStream(str(path), codec) as file:
+        file.write(data)
+
+
+def test_the_standard_library_is_12_megabytes_of_code_without_its_tests():
+    documents, report = read("stdlib")
+    assert 10e6 < report["bytes"] < 14e6 and report["documents"] == len(documents) > 500
+    assert len({d.id for d in documents}) == len(documents)
+    assert "json/decoder.py" in {d.id for d in documents}
+    assert not [d.id for d in documents if "site-packages" in d.id or d.id.startswith("test/") or "/tests/" in d.id]
+    assert documents == read("stdlib")[0]
+    assert len(sources.files("stdlib")) == report["documents"] + report["empty"]
+
+
+def test_a_file_is_a_document_and_its_bytes_are_untouched(tmp_path):
+    texts = {"b.txt": "\ufeffone\r\ntwo\r\n \0\n", "a.txt": "é\u2028漢字\n\n", "sub/c.txt": "  three"}
+    (tmp_path / "sub").mkdir()
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.encode())
+    documents, report = read(f"text:{tmp_path}/**/*.txt")
+    assert [(d.id, d.text) for d in documents] == sorted(texts.items())
+    assert report == {"documents": 3, "bytes": sum(len(text.encode()) for text in texts.values())}
+    assert [d.id for d in read(f"text:{tmp_path}/sub/c.txt")[0]] == ["c.txt"]
+
+
+@pytest.mark.parametrize("suffix, codec", ((".gz", "gzip"), (".zst", "zstd")))
+def test_compressed_files_read_like_plain_ones(tmp_path, suffix, codec):
+    rows = "".join(json.dumps({"text": f"line {i} é"}, ensure_ascii=False) + "\n" for i in range(50)).encode()
+    (tmp_path / "plain.jsonl").write_bytes(rows)
+    compress(tmp_path / f"packed.jsonl{suffix}", rows, codec)
+    plain, packed = read(f"jsonl:{tmp_path}/plain.jsonl")[0], read(f"jsonl:{tmp_path}/packed.jsonl{suffix}")[0]
+    assert [d.text for d in packed] == [d.text for d in plain] and len(plain) == 50
+    assert read(f"text:{tmp_path}/*{suffix}")[0][0].text == rows.decode()
+
+
+@pytest.mark.parametrize("suffix, codec", ((".gz", "gzip"), (".zst", "zstd")))
+def test_a_file_truncated_in_the_middle_is_named_and_what_was_read_is_counted(tmp_path, suffix, codec):
+    path, report, seen = tmp_path / f"cut.jsonl{suffix}", Counter(), []
+    numbers = (pow(3, i, 10**60 + 7) for i in range(20_000))  # hard to compress: the cut is past line 1
+    compress(path, b"".join(b'{"text": "%d"}\n' % n for n in numbers), codec)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match=f"cut.jsonl{suffix} cannot be read beyond its first") as caught:
+        seen.extend(d.id for d in sources.read(f"jsonl:{path}", invalid="error", report=report))
+    with pytest.raises(ConfigError, match=f"{path} cannot be read"):
+        read(f"text:{path}")
+    assert 0 < report["documents"] < 20_000 and f" {report['documents']} lines" in str(caught.value)
+
+
+def test_json_lines_keep_ids_and_skip_blank_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "lang": "en"}\n\n{"text": "two", "id": 7, "body": "zwei"}\r\n')
+    documents, _ = read(f"jsonl:{tmp_path}/*.jsonl")
+    assert [(d.id, d.text, d.lang) for d in documents] == [("a.jsonl:1", "one", "en"), ("7", "two", "")]
+    with pytest.raises(ConfigError, match=r"a.jsonl:1 has no field 'body': name one of 'text', 'lang'"):
+        read(f"jsonl:{tmp_path}/a.jsonl#body")
+
+
+@pytest.mark.parametrize("line, said", (
+    ("{'text': 1}", "not JSON"), ('["a"]', "list, not"), ('{"text": 3}', "int, not text"), ("[" * 100_000, "not JSON"),
+    ('{"other": "a"}', "no field 'text'")), ids=("quotes", "list", "number", "deep", "missing"))
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, said):
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n' + line + "\n")
+    stream = sources.read(f"jsonl:{tmp_path}/bad.jsonl", invalid="error", report=Counter())
+    assert next(stream).text == "good"  # nothing beyond is read yet
+    with pytest.raises(ConfigError, match=f"bad.jsonl:2.*{said}"):
+        next(stream)
+
+
+def invalid_files(folder):
+    (folder / "a.txt").write_bytes(b"caf\xe9 \xff")
+    (folder / "b.txt").write_bytes("café".encode())
+    (folder / "a.jsonl").write_bytes(b'{"text": "caf\xe9 \xff"}\n{"text": "caf\xc3\xa9"}\n')
+    table = pyarrow.table({"text": pyarrow.array([b"caf\xe9 \xff", "café".encode()])})
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    return [f"text:{folder}/*.txt", f"jsonl:{folder}/*.jsonl", f"parquet:{folder}/*.parquet"]
+
+
+def test_bytes_that_are_no_utf8_are_replaced_dropped_or_refused_and_counted(tmp_path):
+    for spec in invalid_files(tmp_path):
+        replaced, report = read(spec, invalid="replace")
+        assert [d.text for d in replaced] == ["caf\ufffd \ufffd", "café"], spec
+        assert report == {"documents": 2, "invalid_utf8": 1, "bytes": 10 + 5}  # as they will be tokenized
+        dropped, report = read(spec, invalid="drop")
+        assert [d.text for d in dropped] == ["café"] and report == {"documents": 1, "invalid_utf8": 1, "bytes": 5}
+        with pytest.raises(ConfigError, match="is not UTF-8.*data.invalid"):
+            read(spec, invalid="error")
+
+
+def test_lone_surrogates_of_json_are_invalid_and_pairs_are_not(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude42"}\n{"text": "\\udc80"}\n')
+    documents, report = read(f"jsonl:{tmp_path}/a.jsonl", invalid="replace")
+    assert report["invalid_utf8"] == 2 and documents[1].text == "🙂"
+    assert documents[0].text.strip("\ufffd") == documents[0].text and documents[0].text.encode()
+
+
+def test_documents_of_white_space_are_dropped_and_counted(tmp_path):
+    for name, text in {"a": "", "b": " \n\t\r\n", "c": "\u3000", "d": " x "}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    documents, report = read(f"text:{tmp_path}/*")
+    assert [d.text for d in documents] == [" x "] and report == {"documents": 1, "bytes": 3, "empty": 3}
+
+
+def test_parquet_columns_of_strings_bytes_and_categories_are_text(tmp_path):
+    texts = ["one\r\n", "zwei ü", None, "三"] * 300
+    for name, type in (("s", pyarrow.string()), ("b", pyarrow.binary()), ("l", pyarrow.large_string())):
+        table = pyarrow.table({"body": pyarrow.array(texts).cast(type), "n": range(1200)})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=500)
+    table = pyarrow.table({"body": pyarrow.array(texts).dictionary_encode(), "id": [f"doc {i}" for i in range(1200)]})
+    pyarrow.parquet.write_table(table, tmp_path / "dictionary.parquet")
+    for name, first in (("s", "s.parquet:1"), ("b", "b.parquet:1"), ("l", "l.parquet:1"), ("dictionary", "doc 0")):
+        documents, report = read(f"parquet:{tmp_path}/{name}.parquet#body")
+        assert [d.text for d in documents] == [text for text in texts if text] and documents[0].id == first
+        assert report["empty"] == 300 and len({d.id for d in documents}) == 900
+    with pytest.raises(ConfigError, match="no field 'text': name one of 'body', 'n'"):
+        read(f"parquet:{tmp_path}/s.parquet")
+    with pytest.raises(ConfigError, match="text in 'n'"):
+        read(f"parquet:{tmp_path}/s.parquet#n")
+    (tmp_path / "bad.parquet").write_bytes((tmp_path / "s.parquet").read_bytes()[:-50])
+    with pytest.raises(ConfigError, match="bad.parquet cannot be read"):
+        read(f"parquet:{tmp_path}/bad.parquet#body")
+
+
+def test_tfds_data_sets_are_read_without_tensorflow(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    texts = ["one\r\n", "zwei ü", "三"]
+
+    class TinyTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # its files alone must do
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"body": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples(texts), "test": self._generate_examples(["four"])}
+
+        def _generate_examples(self, texts):
+            yield from ((i, {"body": text}) for i, text in enumerate(texts))
+
+    TinyTexts(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    documents, report = read("tfds:tiny_texts#body")
+    assert sorted(d.text for d in documents) == sorted(texts) and report["documents"] == 3
+    assert [d.text for d in read("tfds:tiny_texts:1.0.0:train[1:]#body")[0]] == [d.text for d in documents[1:]]
+    assert [d.text for d in read("tfds:tiny_texts:test#body")[0]] == ["four"]
+    with pytest.raises(ConfigError, match="no field 'text': name one of 'body'"):
+        read("tfds:tiny_texts")
+    with pytest.raises(ConfigError, match="tfds:no_such_set cannot be opened"):
+        read("tfds:no_such_set")
+    assert "tensorflow" not in sys.modules
+
+
+def test_specs_are_checked_before_anything_is_read():
+    assert sources.parse(" stdlib ;text:/a/*.txt; ") == ["stdlib", "text:/a/*.txt"]
+    for given, said in (("", "empty"), (" ; ", "empty"), ("jsnol:/a", "mean jsonl"), ("stdlib;xyz", "one of stdlib")):
+        with pytest.raises(ConfigError, match=said):
+            sources.parse(given)
+    with pytest.raises(ConfigError, match="matches no file"):
+        read("text:/no/such/*.txt")
+
+
+def test_importing_the_data_package_loads_no_jax_and_no_tokenizer_library():
+    code = "import sys, lm_jax.data.sources, lm_jax.data.tokenizer; print([m for m in sys.modules if m in {" \
+           "'jax', 'sentencepiece', 'tokenizers', 'pyarrow', 'tensorflow_datasets'}])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
