@@ -17,6 +17,7 @@ import optax
 from lm_jax.config import ConfigError, OptimConfig
 
 WINDOW = 128  # accepted losses from which a spike is told
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz polynomial of Muon (Jordan 2024)
 
 
 class State(NamedTuple):
@@ -115,18 +116,25 @@ def _muon(o, kinds):
     matrices = _each(kinds, lambda k: k if k.role == "matrix" else optax.MaskedNode())
     others = _each(kinds, lambda k: optax.MaskedNode() if k.role == "matrix" else k)
     sides = _each(matrices, lambda k: optax.contrib.MuonDimensionNumbers(*_sides(k)))
-    tx = optax.contrib.scale_by_muon(beta=0.95, weight_dimension_numbers=lambda _: sides)
+    tx = optax.contrib.scale_by_muon(QUINTIC, beta=0.95, weight_dimension_numbers=lambda _: sides)
+
+    def init(params):
+        return tx.init(params)._replace(ns_coeffs=())  # constants, which have no place in a checkpoint
+
+    def step(grads, state):
+        updates, state = tx.update(grads, state._replace(ns_coeffs=jnp.asarray(QUINTIC)))
+        return updates, state._replace(ns_coeffs=())
 
     def update(grads, state, params=None):
         if jax.sharding.get_abstract_mesh().empty:
-            return tx.update(grads, state)
+            return step(grads, state)
         layouts = jax.tree.map(lambda x: jax.typeof(x).sharding, (grads, state))
-        return jax.sharding.auto_axes(tx.update, out_sharding=layouts)(grads, state)
+        return jax.sharding.auto_axes(step, out_sharding=layouts)(grads, state)
 
     def sized(k, u):
         return u * 0.2 * max(math.prod(u.shape[i] for i in side) for side in _sides(k)) ** 0.5
 
-    muon = optax.chain(optax.GradientTransformation(tx.init, update),
+    muon = optax.chain(optax.GradientTransformation(init, update),
                        optax.stateless(lambda updates, _: _each(matrices, sized, updates)))
     labels = _each(kinds, lambda k: "muon" if k.role == "matrix" else "adam")
     return optax.partition({"muon": muon, "adam": _adam(o, others)}, labels)

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from lm_jax import optim
-from lm_jax.config import CHOICES, ConfigError, OptimConfig
+from lm_jax import optim, parallel
+from lm_jax.config import CHOICES, ConfigError, MeshConfig, OptimConfig
 from lm_jax.models.layers import Kind
 
 KINDS = {
@@ -227,6 +227,24 @@ def test_the_average_of_the_weights_has_no_memory_of_the_start():
         _make(OptimConfig(ema=1.0))
 
 
+@pytest.mark.parametrize("name", ["adafactor", "muon"])  # the others touch each entry alone
+def test_an_update_on_a_mesh_is_the_same_and_keeps_every_layout(name):
+    o = OptimConfig(name=name)
+    even = dict(L=2, D=4, N=2, H=4, V=4, E=2, F=4)
+    weights, grads = _float32(_weights(0, even)), _float32(_weights(1, even))
+    tx = _make(o)
+    here = jax.jit(tx.update)(grads, tx.init(weights), weights, loss=jnp.float32(1))[0]
+    mesh = parallel.make_mesh(MeshConfig(fsdp=2, model=2, expert=2))
+    with jax.set_mesh(mesh):
+        layouts = _each(lambda k, w: jax.NamedSharding(mesh, parallel.weight(k.letters, w.shape)), KINDS, weights)
+        weights, grads = jax.device_put((weights, grads), (layouts, layouts))
+        state = jax.jit(tx.init)(weights)
+        there, after = jax.jit(tx.update)(grads, state, weights, loss=jnp.float32(1))
+    _close(here, jax.device_get(there))
+    for a, b in zip(jax.tree.leaves((weights, state)), jax.tree.leaves((there, after)), strict=True):
+        assert a.sharding == b.sharding
+
+
 def _make(o, width=1.0, depth=1.0):
     kinds = _each(lambda k: dataclasses.replace(k, width_ratio=width, depth_ratio=depth), KINDS)
     return optim.make(o, 100, kinds)
@@ -253,9 +271,9 @@ def _trained(o, weights, gradients, width=1.0, depth=1.0):
     return weights
 
 
-def _weights(seed=0):
+def _weights(seed=0, sizes=SIZES):
     rng = np.random.default_rng(seed)
-    return _each(lambda k: rng.normal(size=[SIZES[a] for a in k.letters]), KINDS)
+    return _each(lambda k: rng.normal(size=[sizes[a] for a in k.letters]), KINDS)
 
 
 def _by_matrix(kind, function, *arrays):
