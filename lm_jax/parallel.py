@@ -120,9 +120,29 @@ def replicated_letters(letters: str, shape: tuple[int, ...]) -> str:
     return "".join(a for a, n in zip(letters, shape) if a in WEIGHTS and n % sizes.get(WEIGHTS[a], 1))
 
 
-def unroll() -> bool:
-    """Whether a scan over layers is unrolled: on CPU a scanned body trains at half the speed of an unrolled one."""
+def on_cpu() -> bool:
+    """Whether programs run on CPUs, where scans are better unrolled and bfloat16 products accumulated in float32."""
     return jax.default_backend() == "cpu"
+
+
+def local_size(letters: str, shape: tuple[int, ...]) -> int:
+    """Elements that one device holds of an activation with these letters."""
+    sizes, spec = _axis_sizes(), activation(letters, shape) or ()
+    axes = [a for axis in spec for a in ((axis,) if isinstance(axis, str) else axis or ())]
+    return math.prod(shape) // math.prod(sizes[a] for a in axes)
+
+
+def split(x, parts: int, *, axis: int):
+    """`x` cut along `axis` into `parts` leading slices, interleaved so that no element leaves its device."""
+    shape = x.shape
+    x = x.reshape(*shape[:axis], shape[axis] // parts, parts, *shape[axis + 1:])
+    return jax.numpy.moveaxis(x, axis + 1, 0)
+
+
+def join(x, *, axis: int):
+    """The inverse of `split`."""
+    x = jax.numpy.moveaxis(x, 0, axis + 1)
+    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2:])
 
 
 def _spec(table, letters, shape):

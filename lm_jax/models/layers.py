@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +46,10 @@ class Einsum(nnx.Module):
         over = "".join(a for a in letters if a in self.out)
         self.b = constant(over, cfg, 0.0) if bias else None
 
-    def __call__(self, x):
-        letters = self.equation.split(",")[1].split("->")[0]
-        w = parallel.gather(self.w[...].astype(x.dtype), letters)
-        size = dict(zip(self.equation, x.shape)) | dict(zip(letters, w.shape))
-        sharding = parallel.activation(self.out, tuple(size[a] for a in self.out))
-        y = jnp.einsum(self.equation, x, w, out_sharding=sharding)
-        return y if self.b is None else y + self.b[...].astype(x.dtype)
+    def __call__(self, x, dtype=None):
+        """`x` through the equation, in `dtype` (default: that of `x`)."""
+        y = matmul(self.equation, dtype or x.dtype, x, self.w[...])
+        return y if self.b is None else y + self.b[...].astype(y.dtype)
 
 
 class Embed(nnx.Module):
@@ -66,10 +64,8 @@ class Embed(nnx.Module):
         sharding = parallel.activation("BTD", (*ids_BT.shape, table.shape[1]))
         return table.at[ids_BT].get(out_sharding=sharding)
 
-    def attend(self, x_BTD):
-        table_VD = parallel.gather(self.table[...].astype(x_BTD.dtype), self.letters)
-        sharding = parallel.activation("BTV", (*x_BTD.shape[:2], table_VD.shape[0]))
-        return jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, out_sharding=sharding)
+    def attend(self, x_BTD, dtype):
+        return matmul("BTD,VD->BTV", dtype, x_BTD, self.table[...])
 
 
 class Norm(nnx.Module):
@@ -104,6 +100,42 @@ class MLP(nnx.Module):
         act = ACTIVATIONS[self.act]
         h_BTF = act(self.up(x_BTD)) if self.gate is None else act(self.gate(x_BTD)) * self.up(x_BTD)
         return self.down(h_BTF)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def matmul(equation: str, dtype, x, w):
+    """einsum of an activation and a float32 weight, computed in the activation's type, returned as `dtype`.
+
+    The weight is cast and gathered for the product only, and its gradient leaves the accumulator in float32, already
+    scattered as the weight is: what bfloat16 would round away is kept.
+    """
+    _, letters, out = re.split(",|->", equation)
+    return _einsum(equation, x, parallel.gather(w.astype(x.dtype), letters), parallel.activation, out, dtype)
+
+
+def _matmul_forward(equation, dtype, x, w):
+    return matmul(equation, dtype, x, w), (x, w)
+
+
+def _matmul_backward(equation, dtype, saved, dy):
+    x, w = saved
+    into, letters, out = re.split(",|->", equation)
+    dy = dy.astype(x.dtype)
+    dx = _einsum(f"{out},{letters}->{into}", dy, parallel.gather(w.astype(x.dtype), letters), parallel.activation, into, x.dtype)
+    dw = _einsum(f"{into},{out}->{letters}", x, dy, parallel.weight, letters, w.dtype)
+    return dx, dw
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _einsum(equation, x, y, table, out, dtype):
+    """einsum laid out by a letter table; a CPU's fast bfloat16 products are those that accumulate in float32."""
+    left, right, _ = re.split(",|->", equation)
+    size = dict(zip(left, x.shape)) | dict(zip(right, y.shape))
+    sharding = table(out, tuple(size[a] for a in out))
+    accumulate = jnp.float32 if parallel.on_cpu() else dtype
+    return jnp.einsum(equation, x, y, preferred_element_type=accumulate, out_sharding=sharding).astype(dtype)
 
 
 ACTIVATIONS = {

@@ -30,7 +30,7 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD, real_BT):
         """y_BTD and the router's losses per row, each a mean over the row's `real_BT` tokens."""
         moe = self.cfg.moe
-        logits_BTE = self.router(x_BTD.astype(jnp.float32))
+        logits_BTE = parallel.constrain(self.router(x_BTD.astype(jnp.float32)), "BTA")  # each device sees all experts
         probs_BTE = jax.nn.softmax(logits_BTE)
         gates_BTA, chosen_BTA = jax.lax.top_k(probs_BTE, moe.top_k)
         gates_BTA = gates_BTA / gates_BTA.sum(-1, keepdims=True)
