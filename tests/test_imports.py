@@ -14,9 +14,9 @@ FILES = sorted((ROOT / "lm_jax").rglob("*.py"))
 # From the bottom up. A module may import what is below it and the rest of its own package.
 LAYERS = (
     ("config",),
-    ("parallel", "batch", "seal"),
+    ("parallel", "batch", "seal", "workdir"),
     ("data", "models"),
-    ("losses", "surgery", "optim", "checkpoint", "workdir", "log", "plots", "hub"),
+    ("losses", "surgery", "optim", "checkpoint", "log", "plots", "hub"),
     ("trainer", "inference"),
     ("recipes", "scaling"),
     ("prepare", "train", "plan", "sweep", "fit", "bench", "evaluate", "generate", "convert", "serve"),
