@@ -1,0 +1,140 @@
+"""A run's folder: claimed by one trainer at a time, bound to one config, and written so that a kill harms no record.
+
+    <workdir>/config.json manifest.json metrics.jsonl checkpoints/ plots/ summary.json lock
+"""
+
+import fcntl
+import json
+import math
+import os
+import socket
+from pathlib import Path
+
+from lm_jax.config import ConfigError, difference
+
+
+class Workdir:
+    """The folder of one run. Of several processes all but the first pass `writes=False`, and only read in it."""
+
+    def __init__(self, path, *, writes: bool = True):
+        self.path = Path(path).absolute()
+        self.writes = writes
+        self._lock = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def open(self, config: dict):
+        """Claim the folder for a run of `config` (nested, JSON-able) until `close` or the process's end.
+
+        Raises ConfigError where another trainer holds the folder, or where it belongs to another config.
+        """
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim()
+        recorded = read_json(self.path / "config.json")
+        if recorded is None:
+            self.write_json("config.json", config)
+        elif changed := difference(recorded, json.loads(json.dumps(config))):
+            self.close()
+            raise ConfigError(f"{self.path} belongs to a run with another config: pass another --workdir, or the "
+                              "config that it was started with\n  " + "\n  ".join(changed))
+
+    def close(self):
+        """Let go of the folder."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def write_json(self, name: str, value):
+        """Write a record whole or not at all; numbers that JSON lacks become null."""
+        if self.writes:
+            replace(self.path / name, [json.dumps(plain(value), indent=2), "\n"])
+
+    def read_json(self, name: str):
+        """A record, or None where there is none."""
+        return read_json(self.path / name)
+
+    def keep_metrics(self, step: int) -> int:
+        """Make metrics.jsonl end where a run resumes: rows beyond `step`, and a row cut off by a kill, go; how many."""
+        if not self.writes or not self.metrics.exists():
+            return 0
+        gone = 0
+
+        def kept():
+            nonlocal gone
+            with open(self.metrics, errors="replace") as f:
+                for line in f:
+                    if _step_of(line) <= step:
+                        yield line
+                    else:
+                        gone += 1
+
+        replace(self.metrics, kept())
+        return gone
+
+    def _claim(self):
+        """Take the lock, which the system frees when its holder dies, however it dies."""
+        lock = open(self.path / "lock", "a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = " ".join(lock.read().split()) or "another process"
+            lock.close()
+            raise ConfigError(f"{self.path} is in use by {holder}: wait until it ends, or pass another "
+                              "--workdir") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        self._lock = lock
+
+
+def read_json(path):
+    """What a JSON file holds, or None where there is no file; ConfigError where it is damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise ConfigError(f"{path} is no JSON ({e}): mend or remove it, or pass another --workdir") from e
+
+
+def plain(value):
+    """`value` with arrays of one number as numbers, and NaN and infinity, which JSON lacks, as None."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def replace(path: Path, chunks):
+    """Put `chunks` of text in place of a file, by way of a temporary one: a reader sees the old or the new, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "w") as f:
+            f.writelines(chunks)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _step_of(line: str) -> float:
+    """The step of a whole row; infinity for what is none."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
