@@ -123,11 +123,13 @@ def test_parquet_columns_of_strings_bytes_and_categories_are_text(tmp_path):
     for name, type in (("s", pyarrow.string()), ("b", pyarrow.binary()), ("l", pyarrow.large_string())):
         table = pyarrow.table({"body": pyarrow.array(texts).cast(type), "n": range(1200)})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=500)
-    table = pyarrow.table({"body": pyarrow.array(texts).dictionary_encode(), "id": [f"doc {i}" for i in range(1200)]})
+    table = pyarrow.table({"body": pyarrow.array(texts).dictionary_encode(), "id": [f"doc {i}" for i in range(1200)],
+                           "lang": ["en", "de", None, "zh"] * 300})
     pyarrow.parquet.write_table(table, tmp_path / "dictionary.parquet")
     for name, first in (("s", "s.parquet:1"), ("b", "b.parquet:1"), ("l", "l.parquet:1"), ("dictionary", "doc 0")):
         documents, report = read(f"parquet:{tmp_path}/{name}.parquet#body")
         assert [d.text for d in documents] == [text for text in texts if text] and documents[0].id == first
+        assert {d.lang for d in documents} == ({"en", "de", "zh"} if name == "dictionary" else {""})
         assert report["empty"] == 300 and len({d.id for d in documents}) == 900
     with pytest.raises(ConfigError, match="no field 'text': name one of 'body', 'n'"):
         read(f"parquet:{tmp_path}/s.parquet")

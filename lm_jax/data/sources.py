@@ -120,26 +120,31 @@ def jsonl(argument: str) -> Iterator[Raw]:
 
 
 def parquet(argument: str) -> Iterator[Raw]:
-    """`parquet:GLOB#column`: each row is a document, its column (default "text") of strings or bytes; "id" is kept."""
+    """`parquet:GLOB#column`: each row is a document, its column (default "text") of strings or bytes.
+
+    Columns "id" and "lang" are kept.
+    """
     import pyarrow
     import pyarrow.parquet
 
     pattern, column = _field(argument)
     root, paths = _paths(pattern)
     for path in paths:
+        number = 0
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                _value(dict.fromkeys(file.schema_arrow.names), column, path)
-                columns = [column] + ["id"] * (column != "id" and "id" in file.schema_arrow.names)
-                number = 0
-                for batch in file.iter_batches(batch_size=256, columns=columns):
-                    values = batch[column].cast(pyarrow.large_binary()).to_pylist()  # bytes: Arrow does not check UTF-8
-                    ids = batch["id"].to_pylist() if "id" in columns else [None] * len(values)
-                    for id, value in zip(ids, values):
+            with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:  # else Arrow holds the whole file
+                names = file.schema_arrow.names
+                _value(dict.fromkeys(names), column, path)
+                kept = [name for name in ("id", "lang") if name in names and name != column]
+                for batch in file.iter_batches(batch_size=256, columns=[column, *kept]):
+                    values = batch[column].cast(pyarrow.large_binary()).to_pylist()  # Arrow does not check UTF-8
+                    for value, row in zip(values, batch.select(kept).to_pylist() if kept else [{}] * len(values)):
                         number += 1
-                        yield f"{_id(path, root)}:{number}" if id is None else str(id), value or b"", "", {}
+                        id, lang = row.get("id"), row.get("lang")
+                        yield f"{_id(path, root)}:{number}" if id is None else str(id), value or b"", lang or "", {}
         except (pyarrow.ArrowException, OSError) as error:
-            raise ConfigError(f"{path} cannot be read as Parquet with text in {column!r}: {error}") from error
+            raise ConfigError(f"{path} cannot be read beyond its first {number} rows of text in {column!r}: {error}; "
+                              "repair it, or leave it out of data.sources") from error
 
 
 def tfds(argument: str) -> Iterator[Raw]:

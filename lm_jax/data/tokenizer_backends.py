@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+from unicodedata import category
 
 import numpy as np
 
@@ -167,7 +168,7 @@ BACKENDS = {"Bytes": Bytes, "Pieces": Pieces, "HuggingFace": HuggingFace}
 def _starts_word(piece: bytes) -> bool:
     """Whether a word (for whole-word masking) begins here: at a blank, a symbol or an ideograph, not inside letters."""
     first = piece.decode(errors="ignore")[:1]
-    return bool(first) and (not (first.isalnum() or first == "_") or "\u2e80" <= first <= "\u9fff")
+    return bool(first) and (not (category(first)[0] in "LMN" or first == "_") or "\u2e80" <= first <= "\u9fff")
 
 
 def _byte(piece: str) -> bytes:
@@ -177,10 +178,10 @@ def _byte(piece: str) -> bytes:
 
 def _speller(spec: dict):
     """The function from a piece of this tokenizer.json to the bytes that it stands for inside a text."""
-    if spec["model"]["type"] == "WordPiece":
+    if spec["model"].get("type") == "WordPiece":
         inside = spec["model"]["continuing_subword_prefix"]
         return lambda piece: piece.removeprefix(inside).encode() if piece.startswith(inside) else b" " + piece.encode()
-    if '"ByteLevel"' in json.dumps([spec["pre_tokenizer"], spec["decoder"]]):
+    if '"ByteLevel"' in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")]):
         shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes printable bytes as themselves
         hidden = sorted(set(range(256)) - set(shown))  # and the others as the characters from 256 on
         table = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
