@@ -146,7 +146,7 @@ def shard_files(record, split, tag):
 def card(manifest: dict) -> str:
     """What a person wants to know of a store, as Markdown."""
     docs = manifest["stages"]["docs"]
-    lines = [f"# {manifest['name']}", "", "Built by `python -m lm_jax.prepare`; all numbers are in `manifest.json`.", ""]
+    lines = [f"# {manifest['name']}", "", "Built by `python -m lm_jax.prepare`; numbers are in `manifest.json`.", ""]
     lines += [f"- `{tag}`: `{spec}`; read: {docs['read'][tag]}" for tag, spec in manifest["sources"].items()]
     lines += ["", "| split | source | documents | bytes |", "| --- | --- | ---: | ---: |"]
     lines += [f"| {split} | {tag} | {row['docs']:,} | {row['bytes']:,} |"

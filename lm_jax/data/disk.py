@@ -84,10 +84,12 @@ def lock(folder: Path, say):
 
 
 @contextlib.contextmanager
-def explain_full(root):
-    """A full disk, quota or file-size limit as a ConfigError that says what to do."""
+def explained(root):
+    """A full disk, quota or file-size limit, or a place that takes no files, as a ConfigError that says what to do."""
     try:
         yield
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"data.root={str(root)!r} cannot be used: {error}. Choose a folder that takes files") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -5,6 +5,7 @@ A document's split follows from a hash of its id, so it does not move when other
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,7 +109,11 @@ def _split(folder, tag, spec, data, say):
     for _ in range(2):
         report, hashes = Counter(), [1 << 64, -1]
         parts = {split: Parts(folder, tag, split) for split in SPLITS}
+        told = time.monotonic()
         for document in sources.read(spec, invalid=data.invalid, report=report):
+            if time.monotonic() - told > 5:
+                told = time.monotonic()
+                say(f"{tag}: {report['documents']:,} documents, {report['bytes'] / 1e6:,.0f} MB")
             h = int.from_bytes(hashlib.sha256(document.id.encode()).digest()[:8])
             hashes = [min(hashes[0], h), max(hashes[1], h)]
             if halve:

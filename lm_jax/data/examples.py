@@ -44,7 +44,7 @@ class Spec:
         data, have = self.data, len(self.tokenizer.sentinels)
         need = max((spans.counts(window(data), denoiser)[1] for denoiser in denoisers(data)), default=0)
         if need > have:
-            cure = f" or set data.span={data.span * need / have:.2f}" if data.objective == "span" else ""
+            cure = f" or set data.span={1.05 * data.span * need / have:.1f}" if data.objective == "span" else ""
             raise ConfigError(f"data.length={data.length} needs {need} sentinels a row and the tokenizer has {have}: "
                               f"shorten data.length{cure}")
 

@@ -26,8 +26,8 @@ class Loader:
     def __init__(self, store: Store, data: DataConfig, *, batch: int, seed: int, rows_needed: int):
         self.batch_size, self.rows_needed = batch, rows_needed
         self._sources = [store.rows("train", tag) for tag in store.tags]
-        sizes = [len(rows) for rows in self._sources]
-        self._stretches = mixture.schedule(sizes, data.weights, epochs=data.epochs, needed=rows_needed)
+        self.sizes = [len(rows) for rows in self._sources]  # of each source, in the order of store.tags
+        self._stretches = mixture.schedule(self.sizes, data.weights, epochs=data.epochs, needed=rows_needed)
         self._key = _key(store.digest, str(seed))
         self._keys = [_key(store.digest, str(seed), tag) for tag in store.tags]
         self._data, self._tokenizer = data, store.tokenizer

@@ -41,7 +41,7 @@ def prepare(data: DataConfig, *, say=print) -> "Store":
     path = Path(data.root) / "+".join(named)[:64] / config.digest(identity)
     manifest = _manifest(path) or {"name": "+".join(named), "identity": identity, "sources": named, "stages": {}}
     if not _whole(data, manifest):
-        with disk.explain_full(data.root):
+        with disk.explained(data.root):
             path.mkdir(parents=True, exist_ok=True)
             with disk.lock(path, say):
                 manifest = _manifest(path) or manifest  # another builder may have been here
@@ -70,7 +70,7 @@ class Store:
     """What training reads: rows, a tokenizer, counts.
 
     manifest["splits"][split][tag]: docs, bytes, tokens (predicted ones: all but bos), rows, utilisation, nats (the
-    documents' true cost, None where unknown).
+    documents' true cost, None where unknown). manifest["read"][tag] counts what a source held, the dropped too.
     """
 
     def __init__(self, path: Path, manifest: dict, names: dict[str, str]):
@@ -80,7 +80,8 @@ class Store:
                                 for key, value in self.stages[kind]["splits"][split][tag].items()}
                           for tag in manifest["sources"]} for split in documents.SPLITS}
         self.manifest = {key: manifest[key] for key in ("name", "identity", "sources")}
-        self.manifest |= {"stages": {name: self.stages[kind] for kind, name in names.items()}, "splits": splits}
+        self.manifest |= {"stages": {name: self.stages[kind] for kind, name in names.items()}, "splits": splits,
+                          "read": self.stages["docs"]["read"]}
         self.tags = list(manifest["sources"])
         read = [(name, file["sha256"]) for kind in ("tokens", "packs")
                 for name, file in self.stages[kind]["files"].items()]
@@ -150,7 +151,7 @@ def _manifest(path):
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ConfigError(f"{path / 'manifest.json'} is not JSON ({error}): delete it to build the store again") from error
+        raise ConfigError(f"{path / 'manifest.json'} is no JSON ({error}): delete it to build a new store") from error
 
 
 def _whole(data, manifest):
