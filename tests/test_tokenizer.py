@@ -79,8 +79,8 @@ def test_trained_tokenizers_compress_and_keep_newlines_digits_and_indentation_ap
     coder = made("bpe")
     assert len(coder.encode("\n\n")) == 2  # newline is a symbol that merges with nothing
     assert len(coder.encode("        ")) == 1  # and indentation one piece
-    digits = coder.encode("2024")
-    assert len(digits) == 4 and digits[0] == digits[2]
+    table = [coder.decode([i]) for i in range(coder.vocab)]
+    assert not [piece for piece in table if sum(map(str.isdigit, piece)) > 1]  # a number is its digits
 
 
 @pytest.mark.parametrize("kind", KINDS)
