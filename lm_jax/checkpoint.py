@@ -11,6 +11,7 @@ and the one before it is taken. Of several processes each writes its shards; onl
 
 import json
 import logging
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -38,6 +39,7 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self._keep = keep
         self._say = say
+        self._newest = None  # the step last saved or restored here; not asked of the disk, where processes may differ
         self._thread = None
         self._error = None
         logging.getLogger("absl").addFilter(_not_from_orbax)
@@ -45,12 +47,12 @@ class Checkpoints:
     def save(self, step: int, tree, extra: dict) -> bool:
         """Begin to save a pytree of arrays and a JSON-able dict; returns once the arrays are copied from the devices.
 
-        Waits for the save before, and raises its error. A step that is already there is left as it is: False.
+        Waits for the save before, and raises its error. A step saved or restored just before is not saved again: False.
         """
         if self._keep is None:
             raise ValueError(f"{self.folder} was opened for reading: pass keep= to save")
         self.wait()
-        if step in self.steps():
+        if step == self._newest:
             return False
         leaves = _named(tree)
         body = {"step": step, "extra": json.loads(json.dumps(extra)), "leaves": _signature(leaves)}
@@ -78,6 +80,7 @@ class Checkpoints:
         """
         self.wait()
         step = self._agreed_step()
+        self._newest = step
         if step is None:
             return None
         manifest = seal.read(self.folder / str(step))
@@ -121,6 +124,7 @@ class Checkpoints:
                 seal.sync(self.folder)
                 for old in self.steps()[:-self._keep]:
                     self._remove(self.folder / str(old))
+            self._newest = step
         except BaseException as e:
             self._fail(step, part, e)
 
@@ -130,8 +134,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             shutil.rmtree(part, ignore_errors=True)
         cause = " ".join(str(error).split())[-200:]  # orbax names the system's error last
-        self._error = CheckpointError(f"checkpoint {step} was not saved in {self.folder}, where {free:.0f} MiB were free; "
-                                      f"those before it are intact. {type(error).__name__}: ...{cause}")
+        self._error = CheckpointError(f"checkpoint {step} was not saved in {self.folder}, where {free:.0f} MiB were free. "
+                                      f"Those before it are intact. {type(error).__name__}: ...{cause}")
         self._error.__cause__ = error
 
     def _agreed_step(self) -> int | None:
@@ -185,7 +189,7 @@ class Checkpoints:
     def _numbered(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        numbered = (path for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
+        numbered = (path for path in self.folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir())
         return sorted(numbered, key=lambda path: int(path.name))
 
 

@@ -56,7 +56,7 @@ class Log:
         self._loggers = [LOGGERS[name](workdir, start, config or {}) for name in names]
         self._quiet = not workdir.writes
         self._file = None if self._quiet else open(workdir.metrics, "a", buffering=1)
-        self._progress = None if self._quiet else _Bar(steps, start) if Console().is_terminal else _Lines(steps, start)
+        self._progress = None if self._quiet else _watched()(steps, start)
 
     def row(self, step: int, values: dict):
         """Record a training step."""
@@ -166,6 +166,11 @@ class _Lines:
 
     def close(self):
         pass
+
+
+def _watched():
+    """The bar for a terminal that can redraw a line, else lines."""
+    return _Bar if sys.stdout.isatty() and not Console().is_dumb_terminal else _Lines
 
 
 def _status(values) -> str:

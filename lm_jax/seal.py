@@ -50,7 +50,7 @@ def verify(folder):
     except OSError as e:
         raise DamagedError(f"it cannot be read: {e}") from e
     for name, expected in files.items():
-        if found[name] != expected:
+        if found.get(name) != expected:
             raise DamagedError(f"{name} has another SHA-256 than when it was written")
 
 

@@ -162,7 +162,7 @@ def test_a_full_disk_is_an_error_soon_and_nothing_is_lost(saved, tmp_path, room)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        with pytest.raises(CheckpointError, match="9 was not saved .* those before it are intact.* too large"):
+        with pytest.raises(CheckpointError, match="9 was not saved .* Those before it are intact.* too large"):
             checkpoints.save(9, {"w": jnp.asarray(noise)}, {})
             deadline = time.time() + 10
             while time.time() < deadline:  # as a trainer does after each step

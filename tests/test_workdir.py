@@ -71,7 +71,7 @@ def test_a_full_disk_leaves_the_record_that_was_there(tmp_path):
 
 def test_metrics_end_where_a_run_resumes(tmp_path):
     run = Workdir(tmp_path)
-    rows = [{"step": step, "loss": 1.0 / step} for step in range(1, 8)] + [{"step": 4, "tag": "stdlib", "val_loss": 2.0}]
+    rows = [{"step": step, "loss": 1.0 / step} for step in range(1, 8)] + [{"step": 4, "tag": "en", "val_loss": 2.0}]
     whole = "".join(json.dumps(row) + "\n" for row in rows)
     for cut in ('{"step": 8, "lo', '{"step": 3}', "\x00\x00", "17\n"):  # the second would be whole, but for its end
         run.metrics.write_text(whole + cut)
