@@ -67,7 +67,9 @@ def test_rows_hold_every_token_of_every_document_once(corpus):
     for split in ("train", "validation"):
         rows = store.rows(split, "corpus")
         flat = np.concatenate([piece[:-1] for i in range(len(rows)) for piece in rows[i]])  # the overlap is seen twice
-        assert (flat != store.tokenizer.eos).all()
+        targets = np.concatenate([piece[1:] for i in range(len(rows)) for piece in rows[i]])
+        ends, begins = targets == store.tokenizer.eos, flat == store.tokenizer.bos
+        np.testing.assert_array_equal(np.flatnonzero(ends) + 1, [*np.flatnonzero(begins)[1:], len(flat)])
         documents = np.split(flat, np.flatnonzero(flat == store.tokenizer.bos))[1:]
         texts += [store.tokenizer.decode(document) for document in documents]
         counted = store.manifest["splits"][split]["corpus"]

@@ -7,8 +7,8 @@
         packs/<tokenizer>/<window>+<overlap>-<strategy>/      rows-*.npy segments-*.npy
 
 The identity is that of the input: the specs, and for files their paths, sizes and times of change, which a corpus of
-any size gives at once (a touched file costs a rebuild, a changed one is noticed). `Store.digest` is of the content, so
-the same text elsewhere trains the same rows.
+any size gives at once (a touched file costs a rebuild, a changed one is noticed); a TFDS data set is known by its name,
+so pin its version. `Store.digest` is of the content: the same text elsewhere trains the same rows.
 """
 
 import json
