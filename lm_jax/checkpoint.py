@@ -134,8 +134,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             shutil.rmtree(part, ignore_errors=True)
         cause = " ".join(str(error).split())[-200:]  # orbax names the system's error last
-        self._error = CheckpointError(f"checkpoint {step} was not saved in {self.folder}, where {free:.0f} MiB were free. "
-                                      f"Those before it are intact. {type(error).__name__}: ...{cause}")
+        self._error = CheckpointError(f"checkpoint {step} was not saved in {self.folder}, where {free:.0f} MiB were "
+                                      f"free. Those before it are intact. {type(error).__name__}: ...{cause}")
         self._error.__cause__ = error
 
     def _agreed_step(self) -> int | None:
@@ -189,8 +189,8 @@ class Checkpoints:
     def _numbered(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        numbered = (path for path in self.folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir())
-        return sorted(numbered, key=lambda path: int(path.name))
+        names = (path for path in self.folder.iterdir() if path.is_dir() and re.fullmatch("0|[1-9][0-9]*", path.name))
+        return sorted(names, key=lambda path: int(path.name))
 
 
 def _compare(step, saved, wanted, *, partial):
