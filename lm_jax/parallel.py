@@ -7,6 +7,7 @@ is silent and arrays live where JAX puts them.
 """
 
 import math
+import os
 
 import jax
 import numpy as np
@@ -17,6 +18,21 @@ from lm_jax.config import ConfigError, MeshConfig
 AXES = ("replica", "data", "fsdp", "expert", "sequence", "model")  # slowest network first
 WEIGHTS = dict(D="fsdp", V="model", F="model", N="model", K="model", E="expert")  # letters not listed: replicated
 ACTIVATIONS = dict(B=("replica", "data", "fsdp"), T="sequence", V="model", F="model", N="model", K="model", E="expert")
+
+
+def start():
+    """Set JAX up for a main: compiled programs are kept in ~/.cache/lm_jax, unless JAX_COMPILATION_CACHE_DIR says where."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/lm_jax/xla"))
+
+
+def use(config: MeshConfig):
+    """Make the mesh of `config` the one in use; a single device needs none."""
+    if jax.device_count() == 1:
+        return mesh_sizes(config, 1)
+    mesh = make_mesh(config)
+    jax.set_mesh(mesh)
+    return dict(mesh.shape)
 
 
 def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:

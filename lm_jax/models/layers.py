@@ -186,7 +186,7 @@ def residual_gain(cfg: TransformerConfig) -> float:
 def kinds(model: nnx.Module) -> dict:
     """The nested dict of a model's parameters with a `Kind` in the place of each array."""
     tree = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return _kinds(tree, {path: v.kind for path, v in nnx.state(model, nnx.Param).flat_state()}, ())
+    return _kinds(tree, {path: v.kind for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}, ())
 
 
 def _kinds(tree, by_path, path):

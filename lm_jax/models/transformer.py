@@ -81,7 +81,7 @@ class Stack(nnx.Module):
         self.cfg, self.depth, self.causal = cfg, depth, causal
         self.blocks = jax.vmap(lambda key: Block(cfg, cross=cross, rngs=nnx.Rngs(key)))(
             jax.random.split(rngs.params(), depth))
-        for _, param in nnx.state(self.blocks, nnx.Param).flat_state():
+        for _, param in nnx.to_flat_state(nnx.state(self.blocks, nnx.Param)):
             param.set_metadata(kind=replace(param.kind, letters="L" + param.kind.letters))
         self.bias = RelativeBias(cfg, causal=causal, rngs=rngs) if cfg.positions == "relative" else None
         self.norm = Norm("D", cfg) if cfg.norm_place != "post" else None

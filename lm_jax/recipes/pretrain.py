@@ -1,0 +1,147 @@
+"""Pretraining: a store of packed text, one of the objectives made from it, and the one cross-entropy."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import jax
+
+from lm_jax import losses, parallel, trainer
+from lm_jax.config import Config, ConfigError
+from lm_jax.data import examples
+from lm_jax.data.loader import Loader, validation
+from lm_jax.data.store import Store
+from lm_jax.models import transformer
+from lm_jax.scaling import flops
+from lm_jax.trainer import Every, Recipe
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Everything pretraining makes of a config and a store; `recipe()` is what the Trainer wants."""
+
+    config: Config
+    store: Store
+
+    @cached_property
+    def model_config(self):
+        """The model's config with the tokenizer's vocabulary filled in."""
+        return sized(self.config, self.store.tokenizer.vocab)
+
+    @cached_property
+    def loader(self) -> Loader:
+        t = self.config.train
+        return Loader(self.store, self.config.data, batch=t.batch, seed=self.config.seed, rows_needed=t.batch * t.steps)
+
+    def model(self) -> transformer.Transformer:
+        """A new model, the same for every mesh."""
+        return transformer.make(self.model_config, seed=self.config.seed)
+
+    def recipe(self, hooks: tuple[Every, ...] = ()) -> Recipe:
+        c, (tokens, source) = self.config, row_lengths(self.config)
+        parallel.rows_divide(c.train.batch, c.train.microbatches)
+        hosts = dict(host=jax.process_index(), hosts=jax.process_count())
+        return Recipe(
+            loss=partial(losses.next_token, z_loss=c.train.z_loss, smoothing=c.train.smoothing),
+            batches=partial(self.loader.stream, **hosts),
+            tokens=c.train.batch * (tokens + source),
+            flops=c.train.batch * flops.train(self.model_config, tokens, source),
+            hooks=hooks,
+            derived=lambda row: {"bits_per_byte": row["loss"] / math.log(2) / self.bytes_per_token})
+
+    @cached_property
+    def rows_available(self) -> int:
+        """Rows in one pass over all sources."""
+        return sum(s["rows"] for s in self.store.manifest["splits"]["train"].values())
+
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """Bytes of training text a predicted token stands for."""
+        splits = self.store.manifest["splits"]["train"].values()
+        return sum(s["bytes"] for s in splits) / sum(s["tokens"] for s in splits)
+
+
+class Evaluation:
+    """Losses on the fixed validation rows of each source, with standard errors over rows.
+
+    Called with a model and the most rows a source (0: all) it gives {tag: values}: val_loss (nats per predicted token),
+    val_loss_stderr, val_bits_per_byte, val_accuracy, val_tokens and, where a causal source knows it, the true loss and the excess over
+    it. "all" pools several sources.
+    """
+
+    def __init__(self, pretraining: Pretraining):
+        self.store, self.config = pretraining.store, pretraining.config
+        self.sums = jax.jit(losses.row_sums)
+
+    def __call__(self, model, rows: int) -> dict[str, dict]:
+        sums = {tag: self._sum(model, tag, rows) for tag in self.store.tags}
+        results = {tag: _result(s) | self._truth(tag, s) for tag, s in sums.items()}
+        return results if len(sums) == 1 else results | {"all": _result(_total(sums.values()))}
+
+    def _sum(self, model, tag, rows):
+        hosts = dict(host=jax.process_index(), hosts=jax.process_count())
+        batches = validation(self.store, self.config.data, tag, batch=self.config.train.batch, rows=rows, **hosts)
+        lengths = self.store.tokenizer.byte_lengths
+
+        def one(batch):
+            text = float((lengths[batch["targets"]] * batch["weights"]).sum())
+            sums = self.sums(model, parallel.put_batch(batch))
+            return {k: float(v) for k, v in sums.items()} | {"bytes": text * hosts["hosts"]}
+
+        return _total(map(one, batches))
+
+    def _truth(self, tag, sums):
+        """A perfect model's mean loss on the validation documents, where the source knows it and rows hold them whole."""
+        split = self.store.manifest["splits"]["validation"][tag]
+        if split["nats"] is None or self.config.data.objective != "causal":
+            return {}
+        truth = split["nats"] / split["tokens"]
+        return {"true_loss": truth, "excess_loss": sums["nll"] / sums["weight"] - truth}
+
+
+def evaluate_every(config: Config, evaluation: Evaluation) -> Every:
+    """The hook that evaluates within a run; the evaluation at its end takes all rows and is the caller's."""
+
+    def do(run: trainer.Trainer):
+        if run.done < config.train.steps:
+            record(run, evaluation(trainer.evaluated(run.state), config.train.eval_rows))
+
+    return Every(config.train.eval_every, do)
+
+
+def record(run: trainer.Trainer, results: dict[str, dict]):
+    """Write an evaluation's results, a row of metrics.jsonl a tag."""
+    for tag, values in results.items():
+        run.log.evaluation(run.done, tag, {"tokens": run.done * run.recipe.tokens} | values)
+
+
+def sized(config: Config, vocab: int):
+    """The model's config with a vocabulary: the tokenizer's, or the config's if that is larger."""
+    model = config.model
+    if model.vocab and model.vocab < vocab:
+        raise ConfigError(f"model.vocab={model.vocab} is smaller than the tokenizer's {vocab}: set it to {vocab}, or to 0")
+    return replace(model, vocab=model.vocab or vocab)
+
+
+def row_lengths(config: Config) -> tuple[int, int]:
+    """Tokens of a row of the only stack or the decoder, and of the encoder."""
+    if config.model.encoder_depth:
+        return examples.target_length(config.data), config.data.length
+    return config.data.length, 0
+
+
+def _total(sums) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for one in sums:
+        for key, value in one.items():
+            total[key] = total.get(key, 0.0) + value
+    return total
+
+
+def _result(s) -> dict[str, float]:
+    """Means from sums; the standard error is that of a ratio of row totals (Cochran 1977, 6.4)."""
+    loss, n = s["nll"] / s["weight"], s["rows"]
+    residual = max(s["nll2"] - 2 * loss * s["nll_weight"] + loss**2 * s["weight2"], 0.0)
+    stderr = math.sqrt(residual * n / (n - 1)) / s["weight"] if n > 1 else math.nan
+    return {"val_loss": loss, "val_loss_stderr": stderr, "val_bits_per_byte": s["nll"] / math.log(2) / max(s["bytes"], 1),
+            "val_accuracy": s["right"] / s["weight"], "val_tokens": s["weight"]}

@@ -1,0 +1,149 @@
+"""What a pretraining run says of itself: its manifest, its summary, a sample, and how it does beside xz."""
+
+import importlib.metadata
+import lzma
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lm_jax import config
+from lm_jax.data.loader import validation
+from lm_jax.inference.generate import generate
+from lm_jax.inference.sample import Sampler
+from lm_jax.recipes.pretrain import Pretraining, row_lengths
+from lm_jax.scaling import flops
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
+XZ_LIMIT = 64 * 2**20  # bytes of held-out text that are worth the minute xz takes
+PROMPT, ANSWER = 32, 96  # tokens
+
+
+def manifest(recipe: Pretraining, mesh: dict) -> dict:
+    """All that must be known to repeat a run or to compare it: config, code, data, libraries, devices, counts."""
+    c, model = recipe.config, recipe.model_config
+    device = jax.devices()[0]
+    return {
+        "config": config.to_dict(c), "config_digest": config.digest(config.to_dict(c)), "seed": c.seed,
+        "code_revision": _revision(), "data_digest": recipe.store.digest, "data": str(recipe.store.path),
+        "tokenizer": recipe.store.tokenizer.digest, "versions": _versions(),
+        "device": device.device_kind, "platform": device.platform, "devices": jax.device_count(),
+        "processes": jax.process_count(), "mesh": mesh, "attention": "xla",
+        "parameters": flops.parameters(model), "flops_per_token": _flops_per_token(recipe),
+    }
+
+
+def headline(recipe: Pretraining, mesh: dict) -> str:
+    """One line on what is about to be trained, on what, from what."""
+    c, n = recipe.config, flops.parameters(recipe.model_config)
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
+    rows = c.train.batch * c.train.steps
+    return (f"{c.name}: {n['total']:,} parameters ({n['non_embedding']:,} without embeddings), "
+            f"{_flops_per_token(recipe):.3g} FLOPs a token; {jax.devices()[0].device_kind}, {axes}, {recipe.model_config.dtype}; "
+            f"{c.train.steps:,} steps of {c.train.batch} rows of {sum(row_lengths(c)):,} tokens: "
+            f"{rows / recipe.rows_available:.2f} passes over {recipe.store.manifest['name']}")
+
+
+def summary(recipe: Pretraining, run, status: str, results: dict, wall: float) -> dict:
+    """The outcome of a run as a record; validation figures are absent unless it ended well."""
+    final = results.get("all") or next(iter(results.values()), {})
+    return {"status": status, "steps": run.done, "tokens": run.done * run.recipe.tokens,
+            "flops": run.done * run.recipe.flops, "seconds": run.meter.seconds, "wall_seconds": wall, **final,
+            "validation": results}
+
+
+def xz(recipe: Pretraining) -> dict:
+    """Bits per byte that `xz -9` reaches on the held-out text, for causal models, which can be compared with it."""
+    texts = "".join(text for tag in recipe.store.tags for text in recipe.store.held_out(tag)).encode() \
+        if recipe.config.data.objective == "causal" and _held_out_bytes(recipe) <= XZ_LIMIT else b""
+    return {"xz_bits_per_byte": 8 * len(lzma.compress(texts, preset=9)) / len(texts)} if texts else {}
+
+
+def sampled(recipe: Pretraining, model) -> str:
+    """What the model makes of a held-out text: how it goes on, what it puts in the gaps."""
+    data, tokenizer = recipe.config.data, recipe.store.tokenizer
+    batch = next(validation(recipe.store, data, recipe.store.tags[0], batch=2, rows=1))
+    if recipe.config.model.encoder_depth:
+        return _restored(model, batch, tokenizer)
+    return _continued(model, batch, tokenizer) if recipe.config.model.causal else _filled(model, batch, tokenizer)
+
+
+def closing(summary: dict, workdir, argv: list[str]) -> str:
+    """The last lines that a user reads: the outcome, and what to do next."""
+    command = "python -m lm_jax.train " + " ".join(argv[1:])
+    lines = []
+    if "val_loss" in summary:
+        lines = [f"validation loss {summary['val_loss']:.4f} ± {summary['val_loss_stderr']:.4f} nats a token"
+                 f" = {summary['val_bits_per_byte']:.3f} bits per byte"]
+    if "true_loss" in summary:
+        lines += [f"a perfect model of this source would reach {summary['true_loss']:.4f}: {summary['excess_loss']:.4f} above"]
+    if "xz_bits_per_byte" in summary:
+        lines += [f"xz -9 on the same held-out bytes: {summary['xz_bits_per_byte']:.3f} bits per byte"]
+    folder = _shown(workdir.path)
+    lines += [f"{summary['status']}: {summary['steps']:,} steps, {summary['tokens']:,} tokens, {summary['flops']:.3g} FLOPs, "
+              f"{summary['seconds']:.0f} s of training; everything is in {folder}"]
+    steps = max(summary["steps"], 1)
+    return "\n".join(lines + ["next:"] + {
+        "ok": [f"  look at {folder}/plots/loss.png and {folder}/summary.json",
+               f"  {command} --workdir={folder}-long --config.train.steps={2 * steps}   # twice as long",
+               f"  {command} --workdir={folder}-own '--config.data.sources=text:my/*.txt'   # your own text",
+               "  python -m lm_jax.train --config=configs/tiny_bert.py   # an encoder; tiny_t5.py has both"],
+        "stopped": [f"  {command}   # the same command goes on at step {summary['steps']:,}"],
+        "diverged": [f"  {command} --workdir={folder}-calm --config.optim.lr=...   # a lower learning rate, more warm-up"],
+    }[summary["status"]])
+
+
+def _continued(model, batch, tokenizer):
+    """A held-out text's beginning, and the model's continuation at temperature 0.8."""
+    prompt = {key: value[:1, :PROMPT] for key, value in batch.items() if key in ("tokens", "positions", "segments")}
+    prompt["segments"] = np.ones_like(prompt["segments"])
+    tokens, _ = generate(model, prompt, Sampler(temperature=0.8, vocab=tokenizer.vocab), length=ANSWER, key=jax.random.key(0), stop=tokenizer.eos)
+    return f"sample, from a held-out beginning:\n{tokenizer.decode(prompt['tokens'][0])}▮{tokenizer.decode(np.asarray(tokens)[0])}"
+
+
+def _filled(model, batch, tokenizer):
+    """A held-out row with its hidden tokens in brackets: the model's, and the true one where it differs."""
+    best = np.asarray(jax.jit(lambda m, b: m(b).argmax(-1))(model, batch))[0]
+    words = []
+    for token, target, guess, hidden in zip(batch["tokens"][0], batch["targets"][0], best, batch["weights"][0]):
+        right = tokenizer.decode([target])
+        words.append(right if not hidden else f"[{right}]" if guess == target else f"[{tokenizer.decode([guess])}≠{right}]")
+    return "sample, hidden tokens in brackets, wrong guesses before their ≠:\n" + "".join(words[:4 * PROMPT])
+
+
+def _restored(model, batch, tokenizer):
+    """The gaps of a held-out row: the true text, and the model's greedy answer."""
+    start = {key: batch[key][:1, :1] for key in ("tokens", "positions", "segments")}
+    start["source"] = {key: value[:1] for key, value in batch["source"].items()}
+    tokens, _ = generate(model, start, Sampler(temperature=0.0, vocab=tokenizer.vocab), length=ANSWER, key=jax.random.key(0), stop=tokenizer.eos)
+    spell = lambda ids: " ".join("▮" if i in tokenizer.sentinels else tokenizer.decode([i]) for i in ids)
+    return f"sample, the gaps of a held-out row:\n{spell(batch['targets'][0][:ANSWER])}\nas the model fills them:\n{spell(np.asarray(tokens)[0])}"
+
+
+def _flops_per_token(recipe):
+    tokens, source = row_lengths(recipe.config)
+    return flops.train(recipe.model_config, tokens, source) / (tokens + source)
+
+
+def _held_out_bytes(recipe):
+    return sum(split["bytes"] for split in recipe.store.manifest["splits"]["validation"].values())
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _revision() -> str:
+    """The commit that the code is at, "+" if it differs from it, "unknown" outside a repository."""
+    git = lambda *args: subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True)
+    try:
+        head, changed = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except FileNotFoundError:
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else "unknown"
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,0 +1,53 @@
+"""Train a model: from text to a run folder that can be stopped and started again at any time.
+
+    python -m lm_jax.train --config=configs/tiny.py
+
+The same command goes on where the last one ended. The folder (`--workdir`, default runs/<config name>) gets config.json,
+manifest.json, metrics.jsonl, checkpoints/, plots/loss.png and summary.json. Exit codes: 0 done, 2 the config cannot run,
+75 stopped by a signal and saved, 78 diverged.
+"""
+
+import time
+
+import jax
+
+from lm_jax import config, parallel, plots, trainer
+from lm_jax.data import store
+from lm_jax.recipes import pretrain, report
+from lm_jax.workdir import Workdir
+
+EXIT = {"ok": 0, "stopped": 75, "diverged": 78}
+
+
+def main(argv):
+    c, values = config.parse(argv, doc=__doc__)
+    parallel.start()
+    mesh = parallel.use(c.mesh)
+    workdir = Workdir(values.workdir, writes=jax.process_index() == 0)
+    workdir.open(config.to_dict(c))
+    begun = time.time()
+
+    recipe = pretrain.Pretraining(c, store.prepare(c.data))
+    evaluation = pretrain.Evaluation(recipe)
+    run = trainer.Trainer(c, recipe.model(), recipe.recipe((pretrain.evaluate_every(c, evaluation),)), workdir)
+    workdir.write_json("manifest.json", report.manifest(recipe, mesh))
+    run.log.say(report.headline(recipe, mesh))
+
+    status = run.fit()
+    results = {}
+    if status == "ok":
+        results = evaluation(trainer.evaluated(run.state), 0)
+        pretrain.record(run, results)
+    run.log.close()
+    summary = report.summary(recipe, run, status, results, time.time() - begun)
+    if status == "ok":
+        summary |= report.xz(recipe)
+        print(report.sampled(recipe, trainer.evaluated(run.state)))
+    plots.loss_curve(workdir)
+    workdir.write_json("summary.json", summary)
+    print(report.closing(summary, workdir, argv))
+    return EXIT[status]
+
+
+if __name__ == "__main__":
+    config.run(main)
