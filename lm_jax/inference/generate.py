@@ -11,7 +11,7 @@ from lm_jax.config import ConfigError, TransformerConfig
 from lm_jax.inference.sample import Sampler, row_keys, sample
 
 
-@partial(jax.jit, static_argnames=("sampler", "length", "stop", "vocab"))
+@partial(jax.jit, static_argnames=("sampler", "length", "vocab"))
 def generate(model, batch: Batch, sampler: Sampler, *, length: int, key, stop: int | None = None, vocab: int = 0):
     """Up to `length` new tokens a row: int32 tokens_BT [B, length] and how many were written, lengths_B.
 
