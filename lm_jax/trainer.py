@@ -2,25 +2,23 @@
 
 import contextlib
 import signal
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 
 from lm_jax import checkpoint, log, optim, parallel
 from lm_jax.batch import Batch, Loss, Mean
-from lm_jax.config import Config, to_dict
+from lm_jax.config import Config, ConfigError, to_dict
+from lm_jax.meter import Meter, Profile
 from lm_jax.models.layers import kinds
 
 PATIENCE = 50  # refused updates in a row after which a run is diverged
-PROFILED = 5  # steps in a profile
 
 
 @jax.tree_util.register_dataclass
@@ -46,13 +44,15 @@ class Recipe:
     """What a run learns: a loss, a source of batches, what may move, what to look at now and then.
 
     `batches(step)` is a context manager over the batches (host arrays) from that step on. `tokens` and `flops` are of
-    one step over all devices, for the rates; `derived` adds to a step's row what follows from its numbers.
+    one step over all devices, for the rates; `derived` adds to a step's row what follows from its numbers. `data` is a
+    digest of what the batches are made from: a run goes on with the same or not at all.
     """
 
     loss: Loss
     batches: Callable[[int], contextlib.AbstractContextManager[Iterator[Batch]]]
     tokens: int
     flops: float
+    data: str
     trainable: Any = nnx.Param
     hooks: tuple[Every, ...] = ()
     derived: Callable[[dict], dict] = lambda numbers: {}
@@ -82,8 +82,8 @@ def make_step(loss: Loss, tx, rate, *, trainable=nnx.Param, microbatches: int = 
         grads = jax.tree.map(lambda g: g / metrics["objective"].weight, grads)
         updates, opt = tx.update(grads, state.opt, params, loss=metrics["loss"].value)
         params = optax.apply_updates(params, updates)
-        norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates),
-                 "param_norm": optax.global_norm(params), "lr": rate(state.opt.accepted),
+        norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates),
+                 "param_norm": optax.tree.norm(params), "lr": rate(state.opt.accepted),
                  "skipped": opt.skipped, "streak": opt.streak}
         values = {name: m.value if isinstance(m, Mean) else m for name, m in metrics.items()}
         return State(state.step + 1, _with(state.model, params), opt), values | norms
@@ -109,7 +109,7 @@ class Trainer:
         self.checkpoints = checkpoint.Checkpoints(workdir.checkpoints, keep=c.keep, say=say)
         self.done, seconds = self.restore(say)  # steps, as the host counts them, and what they took
         self.log = log.Log(workdir, steps=c.steps, start=self.done, loggers=c.loggers, config=to_dict(config))
-        self.meter = Meter(recipe, self.log, every=c.log_every, seconds=seconds)
+        self.meter = Meter(self.log, recipe.tokens, recipe.flops, recipe.derived, every=c.log_every, seconds=seconds)
 
     def restore(self, say) -> tuple[int, float]:
         """Go on from the newest intact checkpoint, if there is one; its step, and the seconds of training before it."""
@@ -117,6 +117,9 @@ class Trainer:
         step, saved, extra = found or (0, None, {"seconds": 0.0})
         gone = self.workdir.keep_metrics(step)
         if saved:
+            if extra["data"] != self.recipe.data:
+                raise ConfigError(f"{self.workdir.path} was trained on data {extra['data']} and the store now holds "
+                                  f"{self.recipe.data}: bring the old data back, or pass another --workdir")
             self.state = State(saved["step"], _with(self.state.model, saved["params"]), saved["opt"])
             say(f"resumed at step {step}" + (f"; {gone} later rows of metrics.jsonl are made again" if gone else ""))
         return step, extra["seconds"]
@@ -124,7 +127,8 @@ class Trainer:
     def save(self, *_):
         """Begin to save the state; the data position is the number of steps done."""
         c = self.config
-        extra = {"config": to_dict(c), "seed": c.seed, "batches": self.done, "seconds": self.meter.seconds}
+        extra = {"config": to_dict(c), "seed": c.seed, "batches": self.done, "data": self.recipe.data,
+                 "seconds": self.meter.seconds}
         self.checkpoints.save(self.done, _saved(self.state), extra)
 
     def fit(self) -> str:
@@ -139,6 +143,7 @@ class Trainer:
                 self.state, metrics = self.step(self.state, batch, key)
                 self.done += 1
                 self.meter.sent(self.done, metrics)
+                self.checkpoints.poll()
                 profile.after(self.done, self.state)
                 status = "stopped" if _agreed(stop, self.done) else "diverged" if self.meter.streak >= PATIENCE else "ok"
                 due = [hook for hook in hooks if self.done % hook.steps == 0 or self.done == c.steps]
@@ -150,89 +155,6 @@ class Trainer:
         self.save()  # nothing to do if the last step was saved just now
         self.checkpoints.wait()
         return status if self.done < c.steps else "ok"
-
-
-@dataclass
-class Meter:
-    """Times steps and writes their rows, one step late, so that the device always has the next one waiting."""
-
-    recipe: Recipe
-    log: log.Log
-    every: int
-    seconds: float = 0.0  # spent in steps, those before a restart included
-    streak: int = 0  # updates refused in a row, as of the last step read
-    _wait: float = 0.0
-    _pending: tuple | None = None
-    _last: float = field(default_factory=time.perf_counter)
-
-    def waited(self, batches) -> Batch:
-        """The next batch; the time it took is data wait."""
-        begun = time.perf_counter()
-        batch = next(batches)
-        self._wait += time.perf_counter() - begun
-        return batch
-
-    def sent(self, step: int, metrics):
-        """A step has been sent to the device: read the one before."""
-        previous, self._pending = self._pending, (step, metrics, self._wait)
-        self._wait = 0.0
-        self._read(previous)
-
-    def flush(self):
-        """Read the last step sent."""
-        self._read(self._pending)
-        self._pending = None
-
-    def restart(self):
-        """Do not count what a hook took as time of a step."""
-        self._last = time.perf_counter()
-
-    def _read(self, pending):
-        if pending is None:
-            return
-        step, metrics, wait = pending
-        metrics = jax.device_get(metrics)
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        self.seconds += seconds
-        self.streak = int(metrics.pop("streak"))
-        if step % self.every == 0 or step == 1:
-            numbers = _numbers(metrics)
-            self.log.row(step, numbers | {"tokens": step * self.recipe.tokens} | self.recipe.derived(numbers)
-                         | self._rates(seconds, wait))
-
-    def _rates(self, seconds, wait):
-        """What a step's time says; MFU only on a device whose peak is known."""
-        flops = self.recipe.flops / seconds
-        peak = log.peak_flops(jax.devices()[0].device_kind)
-        mfu = {"mfu": flops / (peak * jax.device_count())} if peak else {}
-        return {"seconds": seconds, "tokens_per_second": self.recipe.tokens / seconds, "flops_per_second": flops, **mfu,
-                "data_wait": wait, "data_wait_fraction": min(wait / seconds, 1.0), **log.peak_memory()}
-
-
-class Profile:
-    """A trace of `PROFILED` steps from step `first` on, in <workdir>/profile, for TensorBoard or Perfetto; 0 is none."""
-
-    def __init__(self, first: int, workdir):
-        self.first, self.folder, self.running = first, str(workdir.path / "profile"), False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self.running:
-            jax.profiler.stop_trace()
-
-    def before(self, step: int):
-        if step == self.first:
-            jax.profiler.start_trace(self.folder)
-            self.running = True
-
-    def after(self, step: int, state: State):
-        if self.running and step == self.first + PROFILED - 1:
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-            self.running = False
 
 
 def parameters(model, trainable=nnx.Param) -> dict:
@@ -261,15 +183,11 @@ def _summed(gradient, batch, key, parts: int):
     first = jax.tree.map(lambda a: a[0], cut)
     zeros = jax.tree.map(lambda a: jnp.zeros_like(a), jax.eval_shape(gradient, first, key))
     add = lambda total, xs: (jax.tree.map(jnp.add, total, gradient(*xs)), None)
-    return jax.lax.scan(add, zeros, (cut, keys), unroll=parallel.on_cpu())[0]
+    return jax.lax.scan(add, zeros, (cut, keys))[0]
 
 
 def _saved(state: State) -> dict:
     return {"step": state.step, "params": parameters(state.model), "opt": state.opt}
-
-
-def _numbers(metrics) -> dict:
-    return {name: np.asarray(value).item() for name, value in metrics.items() if name != "objective"}
 
 
 @contextlib.contextmanager

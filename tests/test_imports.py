@@ -17,6 +17,7 @@ LAYERS = (
     ("parallel", "batch", "seal", "workdir"),
     ("data", "models"),
     ("losses", "surgery", "optim", "checkpoint", "log", "plots", "hub"),
+    ("meter",),
     ("trainer", "inference"),
     ("recipes", "scaling"),
     ("prepare", "train", "plan", "sweep", "fit", "bench", "evaluate", "generate", "convert", "serve"),

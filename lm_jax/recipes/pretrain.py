@@ -46,6 +46,7 @@ class Pretraining:
             batches=partial(self.loader.stream, **hosts),
             tokens=c.train.batch * (tokens + source),
             flops=c.train.batch * flops.train(self.model_config, tokens, source),
+            data=self.store.digest,
             hooks=hooks,
             derived=lambda row: {"bits_per_byte": row["loss"] / math.log(2) / self.bytes_per_token})
 
@@ -144,4 +145,4 @@ def _result(s) -> dict[str, float]:
     residual = max(s["nll2"] - 2 * loss * s["nll_weight"] + loss**2 * s["weight2"], 0.0)
     stderr = math.sqrt(residual * n / (n - 1)) / s["weight"] if n > 1 else math.nan
     return {"val_loss": loss, "val_loss_stderr": stderr, "val_bits_per_byte": s["nll"] / math.log(2) / max(s["bytes"], 1),
-            "val_accuracy": s["right"] / s["weight"], "val_tokens": s["weight"]}
+            "val_accuracy": s["right"] / s["weight"], "val_tokens": int(s["weight"])}

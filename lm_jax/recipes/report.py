@@ -99,8 +99,8 @@ def _continued(model, batch, tokenizer):
     """A held-out text's beginning, and the model's continuation at temperature 0.8."""
     prompt = {key: value[:1, :PROMPT] for key, value in batch.items() if key in ("tokens", "positions", "segments")}
     prompt["segments"] = np.ones_like(prompt["segments"])
-    tokens, _ = generate(model, prompt, Sampler(temperature=0.8, vocab=tokenizer.vocab), length=ANSWER, key=jax.random.key(0), stop=tokenizer.eos)
-    return f"sample, from a held-out beginning:\n{tokenizer.decode(prompt['tokens'][0])}▮{tokenizer.decode(np.asarray(tokens)[0])}"
+    ids = _answer(model, prompt, tokenizer, temperature=0.8)
+    return f"sample, from a held-out beginning:\n{tokenizer.decode(prompt['tokens'][0])}▮{tokenizer.decode(ids)}"
 
 
 def _filled(model, batch, tokenizer):
@@ -117,9 +117,17 @@ def _restored(model, batch, tokenizer):
     """The gaps of a held-out row: the true text, and the model's greedy answer."""
     start = {key: batch[key][:1, :1] for key in ("tokens", "positions", "segments")}
     start["source"] = {key: value[:1] for key, value in batch["source"].items()}
-    tokens, _ = generate(model, start, Sampler(temperature=0.0, vocab=tokenizer.vocab), length=ANSWER, key=jax.random.key(0), stop=tokenizer.eos)
-    spell = lambda ids: " ".join("▮" if i in tokenizer.sentinels else tokenizer.decode([i]) for i in ids)
-    return f"sample, the gaps of a held-out row:\n{spell(batch['targets'][0][:ANSWER])}\nas the model fills them:\n{spell(np.asarray(tokens)[0])}"
+    spell = lambda ids: "".join(" ▮ " if i in tokenizer.sentinels else tokenizer.decode([i]) for i in ids)
+    true, ids = batch["targets"][0][:ANSWER], _answer(model, start, tokenizer, temperature=0.0)
+    return f"sample, the gaps of a held-out row:\n{spell(true)}\nas the model fills them:\n{spell(ids)}"
+
+
+def _answer(model, prompt, tokenizer, *, temperature):
+    """Ids that the model writes after a prompt of one row, as many as its learned positions allow."""
+    room = model.cfg.max_length - prompt["tokens"].shape[1] if model.cfg.positions == "learned" else ANSWER
+    tokens, _ = generate(model, prompt, Sampler(temperature), length=min(ANSWER, room), key=jax.random.key(0),
+                         stop=tokenizer.eos, vocab=tokenizer.vocab)
+    return np.asarray(tokens)[0]
 
 
 def _flops_per_token(recipe):
