@@ -60,7 +60,7 @@ def test_a_greedy_continuation_is_what_the_full_pass_finds_likeliest(name, rng):
 def test_a_batch_gives_what_its_rows_give_alone(name, rng):
     """Prompts of unequal length, padded to one width, and one that is all padding."""
     model, keys_B = make(name), jax.random.split(jax.random.key(3), 4)
-    batch = prompts(rng, [5, 2, 0, 3], model=model)
+    batch = prompts(rng, [4, 2, 0, 3], model=model)
     together_BT, lengths_B = generate(model, batch, DRAWN, length=6, key=keys_B)
     assert list(lengths_B) == [6, 6, 0, 6] and not together_BT[2].any()
     alone = {k: v[1:2, :2] for k, v in batch.items() if k != "source"}
@@ -93,9 +93,9 @@ def test_rows_draw_apart_and_again_the_same(rng):
 
 def test_a_mesh_generates_the_same_tokens(rng):
     model, keys_B = make("encoder-decoder"), jax.random.split(jax.random.key(4), 4)
-    batch = prompts(rng, [5, 2, 0, 3], model=model)
+    batch = prompts(rng, [4, 2, 0, 3], model=model)
     expected = generate(model, batch, DRAWN, length=6, key=keys_B)
-    with jax.set_mesh(parallel.make_mesh(config.MeshConfig(data=2, fsdp=2, model=2))):
+    with jax.set_mesh(parallel.make_mesh(config.MeshConfig(fsdp=2, sequence=2, model=2))):
         made = generate(on_mesh(model), parallel.put_batch(batch), DRAWN, length=6, key=keys_B)
     jax.tree.map(np.testing.assert_array_equal, made, expected)
 

@@ -217,4 +217,5 @@ def make(cfg: TransformerConfig, *, seed: int) -> Transformer:
 
 def _written(cache: Cache, layout: Layout) -> Layout:
     """The slots' layout with a row's written at the next free slot."""
+    layout = jax.tree.map(lambda a_BT: parallel.constrain(a_BT, "BS"), layout)
     return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.at, axis=1), cache.slots, layout)
