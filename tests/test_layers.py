@@ -12,7 +12,7 @@ from flax import nnx
 import tiny
 from lm_jax.config import CHOICES
 from lm_jax.models.layers import ACTIVATIONS, MLP, Einsum, Embed, Kind, Norm, dropout, kinds, matmul
-from lm_jax.models.transformer import Transformer
+from lm_jax.models.transformer import Stack, Transformer
 
 EQUATIONS = ["BTD,DF->BTF", "BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,VD->BTV"]
 
@@ -65,14 +65,14 @@ def test_one_number_sets_every_tables_and_matrixs_initial_std():
 
 
 def test_layers_start_different_from_each_other():
-    w_LDF = Transformer(tiny.settings(), rngs=nnx.Rngs(0)).decoder.blocks.mlp.up.w[...]
+    w_LDF = Stack(tiny.settings(), depth=2, causal=True, cross=False, rngs=nnx.Rngs(0)).blocks.mlp.up.w[...]
     assert float(jnp.abs(w_LDF[0] - w_LDF[1]).min()) > 0
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_parameter_says_what_it_is(family):
     cfg = tiny.settings(family)
-    model = Transformer(cfg, rngs=nnx.Rngs(0))
+    model = tiny.model(family)
     params, described = nnx.to_pure_dict(nnx.state(model, nnx.Param)), kinds(model)
     assert jax.tree.structure(params) == jax.tree.structure(described)
     sizes = cfg.sizes | dict(L=cfg.depth)

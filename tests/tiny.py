@@ -9,6 +9,8 @@ from lm_jax import losses
 from lm_jax.config import MoEConfig, TransformerConfig
 from lm_jax.models.transformer import Transformer
 
+# Options of jax.jit under which a program compiles in half the time and runs slower, which a tiny one may.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SMALL = dict(vocab=64, width=32, depth=2, heads=4, hidden=64, dtype="float32", max_length=32)
 FAMILIES = {
     "decoder": dict(),
@@ -23,6 +25,18 @@ FAMILIES = {
 def settings(family: str = "decoder", **changes) -> TransformerConfig:
     """A model of a few thousand parameters."""
     return TransformerConfig(**SMALL | FAMILIES[family] | changes)
+
+
+def model(family: str = "decoder", **changes) -> Transformer:
+    """A model of `settings` whose every parameter is drawn, norms' scales and biases too: no promise holds by a zero."""
+    shapes = jax.eval_shape(lambda: Transformer(settings(family, **changes), rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        middle = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(middle + 0.25 * rng.standard_normal(leaf.shape), leaf.dtype)  # 0.25 is 1.4 / sqrt(D)
+
+    return jax.tree.map_with_path(draw, shapes)
 
 
 def rows(seed: int = 0, *, batch: int = 8, lengths=(6, 7), padding: int = 3, vocab: int = 64) -> dict:
