@@ -133,9 +133,8 @@ class RelativeBias(nnx.Module):
     def __call__(self, query: Layout, key: Layout):
         table_UN = parallel.gather(self.table[...], "UN")
         bucket_BTS = positions.buckets(-_distance(query, key), causal=self.causal, count=table_UN.shape[0])
-        hit_BTSU = bucket_BTS[..., None] == jnp.arange(table_UN.shape[0])
-        return jnp.einsum("BTSU,UN->BNTS", hit_BTSU.astype(table_UN.dtype), table_UN,
-                          out_sharding=parallel.activation("BNTS", (bucket_BTS.shape[0], table_UN.shape[1], *bucket_BTS.shape[1:])))
+        sharding = parallel.activation("BTSN", (*bucket_BTS.shape, table_UN.shape[1]))
+        return jnp.moveaxis(table_UN.at[bucket_BTS].get(out_sharding=sharding), 3, 1)
 
 
 def alibi(cfg: TransformerConfig, query: Layout, key: Layout):

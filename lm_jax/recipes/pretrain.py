@@ -11,8 +11,7 @@ from lm_jax.config import Config, ConfigError
 from lm_jax.data import examples
 from lm_jax.data.loader import Loader, validation
 from lm_jax.data.store import Store
-from lm_jax.models import transformer
-from lm_jax.scaling import flops
+from lm_jax.models import flops, transformer
 from lm_jax.trainer import Every, Recipe
 
 

@@ -14,7 +14,7 @@ from lm_jax.data.loader import validation
 from lm_jax.inference.generate import generate
 from lm_jax.inference.sample import Sampler
 from lm_jax.recipes.pretrain import Pretraining, row_lengths
-from lm_jax.scaling import flops
+from lm_jax.models import flops
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
 XZ_LIMIT = 64 * 2**20  # bytes of held-out text that are worth the minute xz takes
