@@ -22,6 +22,7 @@ class Meter:
     derived: Callable[[dict], dict]  # what else a row says, from its numbers
     every: int  # steps a row
     seconds: float = 0.0  # spent in steps, those before a restart included
+    compile_seconds: float = 0.0  # until the first step was on its way
     streak: int = 0  # updates refused in a row, as of the last step read
     _wait: float = 0.0
     _pending: tuple | None = None
@@ -36,6 +37,9 @@ class Meter:
 
     def sent(self, step: int, metrics):
         """A step has been sent to the device: read the one before."""
+        if not self.compile_seconds:
+            self.compile_seconds = time.perf_counter() - self._last - self._wait
+            self.restart()
         previous, self._pending = self._pending, (step, metrics, self._wait)
         self._wait = 0.0
         self._read(previous)

@@ -81,7 +81,8 @@ class Attention(nnx.Module):
     def __init__(self, cfg: TransformerConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         inner, outer = cfg.bias in ("qkv", "all"), cfg.bias == "all"
-        self.query = Einsum("BTD,DNH->BTNH", cfg, rngs=rngs, bias=inner)
+        even = 1 / (cfg.attention_scale * cfg.sizes["H"] ** 0.5) if cfg.attention_scale else 1.0  # q.k starts at about 1
+        self.query = Einsum("BTD,DNH->BTNH", cfg, rngs=rngs, bias=inner, gain=even)
         self.key = Einsum("BTD,DKH->BTKH", cfg, rngs=rngs, bias=inner)
         self.value = Einsum("BTD,DKH->BTKH", cfg, rngs=rngs, bias=inner)
         self.out = Einsum("BTNH,NHD->BTD", cfg, rngs=rngs, bias=outer, gain=residual_gain(cfg))

@@ -57,7 +57,8 @@ class Embed(nnx.Module):
 
     def __init__(self, letters: str, cfg: TransformerConfig, *, rngs: nnx.Rngs):
         self.letters = letters
-        self.table = normal(letters, cfg, rngs=rngs, std=cfg.init_std or 0.02, fan_in="", role="embedding")
+        std = 1.0 if cfg.table_scale == "out" else 0.02  # T5 divides by sqrt(D) on the way out
+        self.table = normal(letters, cfg, rngs=rngs, std=cfg.init_std or std, fan_in="", role="embedding")
 
     def __call__(self, ids_BT, dtype):
         table = parallel.gather(self.table[...].astype(dtype), self.letters)

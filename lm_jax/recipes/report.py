@@ -50,7 +50,8 @@ def summary(recipe: Pretraining, run, status: str, results: dict, wall: float) -
     """The outcome of a run as a record; validation figures are absent unless it ended well."""
     final = results.get("all") or next(iter(results.values()), {})
     return {"status": status, "steps": run.done, "tokens": run.done * run.recipe.tokens,
-            "flops": run.done * run.recipe.flops, "seconds": run.meter.seconds, "wall_seconds": wall, **final,
+            "flops": run.done * run.recipe.flops, "seconds": run.meter.seconds, "compile_seconds": run.meter.compile_seconds,
+            "wall_seconds": wall, **final,
             "validation": results}
 
 
@@ -73,6 +74,7 @@ def sampled(recipe: Pretraining, model) -> str:
 def closing(summary: dict, workdir, argv: list[str]) -> str:
     """The last lines that a user reads: the outcome, and what to do next."""
     command = "python -m lm_jax.train " + " ".join(argv[1:])
+    bare = " ".join(a for a in command.split() if not a.startswith(("--workdir", "--config.train.steps", "--config.data.sources")))
     lines = []
     if "val_loss" in summary:
         lines = [f"validation loss {summary['val_loss']:.4f} ± {summary['val_loss_stderr']:.4f} nats a token"
@@ -87,11 +89,11 @@ def closing(summary: dict, workdir, argv: list[str]) -> str:
     steps = max(summary["steps"], 1)
     return "\n".join(lines + ["next:"] + {
         "ok": [f"  look at {folder}/plots/loss.png and {folder}/summary.json",
-               f"  {command} --workdir={folder}-long --config.train.steps={2 * steps}   # twice as long",
-               f"  {command} --workdir={folder}-own '--config.data.sources=text:my/*.txt'   # your own text",
+               f"  {bare} --workdir={folder}-long --config.train.steps={2 * steps}   # twice as long",
+               f"  {bare} --workdir={folder}-own '--config.data.sources=text:my/*.txt'   # your own text",
                "  python -m lm_jax.train --config=configs/tiny_bert.py   # an encoder; tiny_t5.py has both"],
         "stopped": [f"  {command}   # the same command goes on at step {summary['steps']:,}"],
-        "diverged": [f"  {command} --workdir={folder}-calm --config.optim.lr=...   # a lower learning rate, more warm-up"],
+        "diverged": [f"  {bare} --workdir={folder}-calm --config.optim.lr=...   # a lower learning rate, more warm-up"],
     }[summary["status"]])
 
 
