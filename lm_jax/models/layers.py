@@ -32,7 +32,7 @@ class Einsum(nnx.Module):
     """The only matmul in the house; its equation says everything about its weight.
 
     `Einsum("BTD,DF->BTF", cfg, rngs=rngs)` maps x_BTD to [B, T, F]. Letters that the output drops are the fan-in, and
-    the weight starts as a normal of std `gain / sqrt(fan-in)`, or of `gain * cfg.init_std` where that is set.
+    the weight starts as a normal of std `gain * initial_std`.
     `bias` adds one over the output's weight letters.
     """
 
@@ -41,8 +41,8 @@ class Einsum(nnx.Module):
         self.equation = equation
         _, letters, self.out = re.split(",|->", equation)
         fan_in = "".join(a for a in letters if a not in self.out)
-        std = cfg.init_std * width_ratio(cfg) ** -0.5 or math.prod(cfg.sizes[a] for a in fan_in) ** -0.5
-        self.w = normal(letters, cfg, rngs=rngs, std=gain * std, fan_in=fan_in, role=role)
+        std = gain * initial_std(fan_in, cfg, role=role)
+        self.w = normal(letters, cfg, rngs=rngs, std=std, fan_in=fan_in, role=role)
         over = "".join(a for a in letters if a in self.out)
         self.b = constant(over, cfg, 0.0) if bias else None
 
@@ -167,6 +167,14 @@ def constant(letters: str, cfg: TransformerConfig, value: float) -> nnx.Param:
     """A float32 vector parameter (norm scale, bias) filled with `value`, replicated."""
     array = jnp.full(tuple(cfg.sizes[a] for a in letters), value, jnp.float32)
     return nnx.Param(array, kind=Kind(letters, "", "vector", width_ratio(cfg), depth_ratio(cfg)))
+
+
+def initial_std(fan_in: str, cfg: TransformerConfig, *, role: str = "matrix") -> float:
+    """1/sqrt(fan-in), or `cfg.init_std` where set. In muP the first falls with the width by itself and the second is
+    made to; the head's stays the base model's, since its output is divided by the width (CompleteP, table 1)."""
+    grown = width_ratio(cfg) ** 0.5
+    std = cfg.init_std / grown or math.prod(cfg.sizes[a] for a in fan_in) ** -0.5
+    return std * grown if role == "head" else std
 
 
 def width_ratio(cfg: TransformerConfig) -> float:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from lm_jax import parallel
 from lm_jax.config import TransformerConfig
-from lm_jax.models.layers import ACTIVATIONS, MLP, Einsum, normal, residual_gain
+from lm_jax.models.layers import ACTIVATIONS, MLP, Einsum, initial_std, normal, residual_gain
 
 
 class MoE(nnx.Module):
@@ -17,12 +17,12 @@ class MoE(nnx.Module):
 
     def __init__(self, cfg: TransformerConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        std = cfg.init_std or cfg.width**-0.5
+        into, back = initial_std("D", cfg), residual_gain(cfg) * initial_std("F", cfg)
         table = partial(normal, cfg=cfg, rngs=rngs, role="matrix")
         self.router = Einsum("BTD,DE->BTE", cfg, rngs=rngs)
-        self.up = table("EDF", std=std, fan_in="D")
-        self.gate = table("EDF", std=std, fan_in="D") if cfg.gated else None
-        self.down = table("EFD", std=residual_gain(cfg) * (cfg.init_std or cfg.sizes["F"] ** -0.5), fan_in="F")
+        self.up = table("EDF", std=into, fan_in="D")
+        self.gate = table("EDF", std=into, fan_in="D") if cfg.gated else None
+        self.down = table("EFD", std=back, fan_in="F")
         # m experts that everyone visits are one MLP m times as wide
         wide = replace(cfg, hidden=cfg.sizes["F"] * cfg.moe.shared)
         self.shared = MLP(wide, rngs=rngs) if cfg.moe.shared else None
