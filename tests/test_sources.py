@@ -16,6 +16,12 @@ def read(spec, *, invalid="error"):
     return list(sources.read(spec, invalid=invalid, report=report)), report
 
 
+def dropped(spec, *, invalid="error"):
+    told = []
+    list(sources.read(spec, invalid=invalid, report=Counter(), dropped=told.append))
+    return [tuple(document) for document in told]
+
+
 def compress(path, data, codec):
     with pyarrow.CompressedOutputStream(str(path), codec) as file:
         file.write(data)
@@ -98,8 +104,11 @@ def test_bytes_that_are_no_utf8_are_replaced_dropped_or_refused_and_counted(tmp_
         replaced, report = read(spec, invalid="replace")
         assert [d.text for d in replaced] == ["caf\ufffd \ufffd", "café"], spec
         assert report == {"documents": 2, "invalid_utf8": 1, "bytes": 10 + 5}  # as they will be tokenized
-        dropped, report = read(spec, invalid="drop")
-        assert [d.text for d in dropped] == ["café"] and report == {"documents": 1, "invalid_utf8": 1, "bytes": 5}
+        kept, report = read(spec, invalid="drop")
+        assert [d.text for d in kept] == ["café"] and report == {"documents": 1, "invalid_utf8": 1, "bytes": 5}
+        (id, *why), = dropped(spec, invalid="drop")
+        assert id not in {d.id for d in kept} and why == ["invalid_utf8", 2, 0], "two bytes, where none may be"
+        assert not dropped(spec, invalid="replace")
         with pytest.raises(ConfigError, match="is not UTF-8.*data.invalid"):
             read(spec, invalid="error")
 
@@ -116,6 +125,7 @@ def test_documents_of_white_space_are_dropped_and_counted(tmp_path):
         (tmp_path / f"{name}.txt").write_text(text)
     documents, report = read(f"text:{tmp_path}/*")
     assert [d.text for d in documents] == [" x "] and report == {"documents": 1, "bytes": 3, "empty": 3}
+    assert dropped(f"text:{tmp_path}/*") == [(name, "empty", 0, 1) for name in ("a.txt", "b.txt", "c.txt")]
 
 
 def test_parquet_columns_of_strings_bytes_and_categories_are_text(tmp_path):
@@ -166,8 +176,10 @@ def test_tfds_data_sets_are_read_without_tensorflow(tmp_path, monkeypatch):
     assert [d.text for d in read("tfds:tiny_texts:test#body")[0]] == ["four"]
     with pytest.raises(ConfigError, match="no field 'text': name one of 'body'"):
         read("tfds:tiny_texts")
-    with pytest.raises(ConfigError, match="tfds:no_such_set cannot be opened"):
-        read("tfds:no_such_set")
+    for name, hint in (("no_such_set", "is it in .TFDS_DATA_DIR"), ("lmlb/en", "did you mean lm1b")):
+        with pytest.raises(ConfigError, match=f"tfds:{name} names no data set: {hint}") as caught:
+            read(f"tfds:{name}")
+        assert len(str(caught.value)) < 200, "TFDS itself lists all it has"
     assert "tensorflow" not in sys.modules
 
 

@@ -89,6 +89,17 @@ def test_kept_and_dropped_are_all_that_was_there(corpus):
     read = store.manifest["read"]["corpus"]
     assert (kept, read["empty"], read["invalid_utf8"]) == (40, 5, 3)
     assert kept + read["empty"] + read["invalid_utf8"] == len(list(corpus.iterdir()))
+    ids = lambda folder: pyarrow.parquet.read_table(sorted((store.path / folder).iterdir())).to_pydict()["id"]
+    assert sorted(ids("docs") + ids("dropped/docs")) == sorted(path.name for path in corpus.iterdir())
+    listed = pyarrow.parquet.read_table(store.path / "dropped/docs/part-corpus-00000.parquet").to_pydict()
+    why = set(zip(listed["reason"], listed["value"], listed["threshold"]))
+    assert why == {("empty", 0.0, 1.0), ("invalid_utf8", 2.0, 0.0)}
+    assert store.manifest["stages"]["docs"]["dropped"]["part-corpus-00000.parquet"]["docs"] == 8
+
+
+def test_where_nothing_is_dropped_nothing_is_listed(corpus):
+    store = prepare(settings(corpus), say=quiet)
+    assert not (store.path / "dropped").exists() and not list(store.path.rglob("dropped"))
 
 
 def test_the_split_of_a_document_does_not_move_when_others_come(corpus):

@@ -1,8 +1,8 @@
 """The stages of a store: documents -> tokenizer -> tokens -> packs. Each is written whole or not at all.
 
-A stage works in a hidden folder; its files are synced and hashed, the folder is renamed, and only then the manifest
-names it. What the manifest does not name is built again. Memory is that of one group of documents, or of the offsets
-of one shard, however large the corpus.
+A stage works in a hidden folder; what it drops is listed in a folder `dropped` in there, which becomes dropped/<stage>.
+Its files are synced and hashed, the folder is renamed, and only then the manifest names it. What the manifest does not
+name is built again. Memory is that of one group of documents, or of the offsets of one shard, however large the corpus.
 """
 
 import json
@@ -61,17 +61,16 @@ def _ensure(store, manifest, name, write, say):
     if name in manifest["stages"]:
         return manifest["stages"][name]
     final, hidden = store / name, store / f".building-{name.replace('/', '-')}"
-    shutil.rmtree(final, ignore_errors=True)  # of a builder that ended between the rename and the manifest
+    dropped = store / "dropped" / name
+    for old in (final, dropped):
+        shutil.rmtree(old, ignore_errors=True)  # of a builder that ended between the rename and the manifest
     hidden.mkdir()
     began = time.monotonic()
     try:
         record = write(hidden)
-        for path in sorted(hidden.iterdir()):
-            record["files"].setdefault(path.name, {}).update(bytes=path.stat().st_size, sha256=disk.seal(path))
-        disk.sync(hidden)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        hidden.rename(final)
-        disk.sync(final.parent)
+        if record.get("dropped"):
+            _finish(hidden / "dropped", dropped, record["dropped"])
+        _finish(hidden, final, record["files"])
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
@@ -82,6 +81,16 @@ def _ensure(store, manifest, name, write, say):
     size = sum(file["bytes"] for file in record["files"].values()) / 1e6
     say(f"{name}: {len(record['files'])} files, {size:,.1f} MB, {record['seconds']:.1f} s")
     return record
+
+
+def _finish(hidden, final, files):
+    """Force a folder's files to disk, note their sizes and digests, and give the folder its name."""
+    for path in sorted(hidden.iterdir()):
+        files.setdefault(path.name, {}).update(bytes=path.stat().st_size, sha256=disk.seal(path))
+    disk.sync(hidden)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    hidden.rename(final)
+    disk.sync(final.parent)
 
 
 def _tokenizer(folder, docs, data, record):

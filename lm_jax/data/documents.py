@@ -15,16 +15,20 @@ from lm_jax.data import sources
 
 SPLITS = ("train", "validation")
 GROUP = 4 << 20  # bytes of text held in memory, a Parquet row group
+ROWS = 1 << 16  # and its most rows, for documents of a few bytes
 PART = 64 << 20  # bytes of text in a file, and so in a shard of tokens
-COLUMNS = ("id", "source", "text", "lang", "meta")
 
 
 def write(folder: Path, data, specs: dict[str, str], say) -> dict:
-    """Parts of all sources; returns the record of the stage: files, documents and bytes a split, what was dropped."""
-    record = {"files": {}, "splits": {split: {} for split in SPLITS}, "read": {}}
+    """Parts of all sources, and in folder/dropped those of what is not kept: together they are the whole input.
+
+    Returns the record of the stage: files, documents and bytes a split, what was read.
+    """
+    record = {"files": {}, "dropped": {}, "splits": {split: {} for split in SPLITS}, "read": {}}
     for tag, spec in specs.items():
-        parts, report = _split(folder, tag, spec, data, say)
+        parts, dropped, report = _split(folder, tag, spec, data, say)
         record["read"][tag] = dict(report)
+        record["dropped"] |= dropped.files
         for split, part in parts.items():
             record["splits"][split][tag] = {"docs": part.docs, "bytes": part.bytes, "nats": part.nats}
             record["files"] |= part.files
@@ -47,20 +51,20 @@ def texts(paths) -> Iterator[str]:
 
 
 class Parts:
-    """Documents of one source and split, appended to part after part; memory is one row group."""
+    """Rows of one kind appended to part after part, `key` naming the files; memory is one row group."""
 
-    def __init__(self, folder: Path, tag: str, split: str):
-        self.folder, self.tag, self.split = folder, tag, split
+    def __init__(self, folder: Path, kind: type, **key: str):
+        self.folder, self.key = folder, key
         self.files, self.docs, self.bytes, self.nats = {}, 0, 0, 0.0
-        self._rows, self._held, self._writer, self._name = [], 0, None, None
+        self._columns = kind.__annotations__
+        self._rows, self._held, self._written, self._writer = [], 0, 0, None
 
-    def add(self, document: sources.Document):
-        size = len(document.text.encode())
-        self._rows.append(document._replace(meta=json.dumps(document.meta)))
+    def add(self, row: tuple, *, size: int = 0, nats: float | None = None):
+        """Append a row that stands for `size` bytes of text, whose true cost is `nats` if it is known."""
+        self._rows.append(row)
         self._held, self.docs, self.bytes = self._held + size, self.docs + 1, self.bytes + size
-        nats = document.meta.get("nats")  # only sources of known entropy have it
         self.nats = None if nats is None or self.nats is None else self.nats + nats
-        if self._held >= GROUP:
+        if self._held >= GROUP or len(self._rows) >= ROWS:
             self._flush()
 
     def close(self):
@@ -74,12 +78,12 @@ class Parts:
             return
         if self._writer is None:
             self._begin()
-        columns = {key: pyarrow.array(values, pyarrow.large_string()) for key, values in zip(COLUMNS, zip(*self._rows))}
-        self._writer.write_table(pyarrow.table(columns))
-        entry = self.files[self._name]
-        entry["docs"], entry["text_bytes"] = entry["docs"] + len(self._rows), entry["text_bytes"] + self._held
+        arrays = map(pyarrow.array, zip(*self._rows), self._schema.types)
+        self._writer.write_table(pyarrow.Table.from_arrays(list(arrays), schema=self._schema))
+        self.files[self._name]["docs"] += len(self._rows)
+        self._written += self._held
         self._rows, self._held = [], 0
-        if entry["text_bytes"] >= PART:
+        if self._written >= PART:
             self._end()
 
     def _begin(self):
@@ -87,30 +91,33 @@ class Parts:
         import pyarrow.parquet
 
         number = len(self.files)
-        self._name = f"part-{self.tag}-{self.split}-{number:05d}.parquet"
-        self.files[self._name] = {"tag": self.tag, "split": self.split, "number": number, "docs": 0, "text_bytes": 0}
+        self._name = "-".join(("part", *self.key.values(), f"{number:05d}.parquet"))
+        self.files[self._name] = self.key | {"number": number, "docs": 0}
+        self._schema = pyarrow.schema([(name, pyarrow.float64() if type is float else pyarrow.large_string())
+                                       for name, type in self._columns.items()])
+        self.folder.mkdir(exist_ok=True)
         self._file = open(self.folder / self._name, "wb")
-        schema = pyarrow.schema([(key, pyarrow.large_string()) for key in COLUMNS])
-        self._writer = pyarrow.parquet.ParquetWriter(self._file, schema, compression="zstd")
+        self._writer = pyarrow.parquet.ParquetWriter(self._file, self._schema, compression="zstd")
 
     def _end(self):
         if self._writer is not None:
             self._writer.close()
             self._file.close()
-            self._writer = None
+            self._writer, self._written = None, 0
 
 
 def _split(folder, tag, spec, data, say):
-    """(parts by split, what was read) of one source; neither split is empty.
+    """(parts by split, parts of what was dropped, counts of what was read) of one source; neither split is empty.
 
     If all of a few documents hash to one side, the line between the sides moves and the source is read again.
     """
     line, halve = int(data.validation * 2.0**64), False
     for _ in range(2):
         report, hashes = Counter(), [1 << 64, -1]
-        parts = {split: Parts(folder, tag, split) for split in SPLITS}
+        parts = {split: Parts(folder, sources.Document, tag=tag, split=split) for split in SPLITS}
+        dropped = Parts(folder / "dropped", sources.Dropped, tag=tag)
         told = time.monotonic()
-        for document in sources.read(spec, invalid=data.invalid, report=report):
+        for document in sources.read(spec, invalid=data.invalid, report=report, dropped=dropped.add):
             if time.monotonic() - told > 5:
                 told = time.monotonic()
                 say(f"{tag}: {report['documents']:,} documents, {report['bytes'] / 1e6:,.0f} MB")
@@ -118,20 +125,25 @@ def _split(folder, tag, spec, data, say):
             hashes = [min(hashes[0], h), max(hashes[1], h)]
             if halve:
                 for split, half in zip(SPLITS, _halves(document, data.validation)):
-                    parts[split].add(half)
+                    _keep(half, parts[split])
             else:
-                parts["validation" if h < line else "train"].add(document)
-        for part in parts.values():
+                _keep(document, parts["validation" if h < line else "train"])
+        for part in (*parts.values(), dropped):
             part.close()
         if not report["documents"]:
             raise ConfigError(f"data.sources: {spec} has no document with text: {dict(report) or 'it is empty'}")
         if all(part.docs for part in parts.values()):
-            return parts, report
+            return parts, dropped, report
         halve = report["documents"] == 1
         line = hashes[1] if parts["validation"].docs else hashes[0] + 1
         say(f"{tag}: a single document, whose end is held out for validation" if halve else
             f"{tag}: {report['documents']} documents, one moved so that both train and validation have text")
     raise ConfigError(f"data.sources: {spec} cannot be split into train and validation: give it another document")
+
+
+def _keep(document, part):
+    row = document._replace(meta=json.dumps(document.meta))
+    part.add(row, size=len(document.text.encode()), nats=document.meta.get("nats"))  # of sources of known entropy
 
 
 def _halves(document, share):

@@ -27,6 +27,13 @@ class Document(NamedTuple):
     meta: dict  # JSON-able
 
 
+class Dropped(NamedTuple):
+    id: str  # as the document's
+    reason: str  # a key of the report
+    value: float  # what was measured
+    threshold: float  # and what it was held against
+
+
 def parse(sources: str) -> list[str]:
     """The specs of `config.data.sources`; raises ConfigError if there are none or one is of no known kind."""
     specs = [spec.strip() for spec in sources.split(";") if spec.strip()]
@@ -41,11 +48,14 @@ def parse(sources: str) -> list[str]:
     return specs
 
 
-def read(spec: str, *, invalid: str, report: Counter) -> Iterator[Document]:
+def read(spec: str, *, invalid: str, report: Counter, dropped: Callable[[Dropped], None] = lambda document: None
+         ) -> Iterator[Document]:
     """The documents of one spec. `invalid` ("replace", "drop", "error") is what becomes of bytes that are not UTF-8.
 
-    `report` counts documents and bytes (of what is yielded), invalid_utf8 (documents, replaced or dropped) and
-    empty (documents of white space only, which are dropped). Raises ConfigError on what cannot be read.
+    `report` counts documents and bytes (of what is yielded), invalid_utf8 (documents, replaced or dropped; the value is
+    how many bytes, where 0 may be) and empty (documents of white space only, which are dropped; the value is how many
+    other characters, where 1 must be). `dropped` is told each document that is not yielded. Raises ConfigError on what
+    cannot be read.
     """
     kind, _, argument = spec.partition(":")
     for id, raw, lang, meta in SOURCES[kind](argument):
@@ -57,11 +67,13 @@ def read(spec: str, *, invalid: str, report: Counter) -> Iterator[Document]:
                 raise ConfigError(f"{spec}: document {id} is not UTF-8 ({error}): repair it, or set data.invalid to "
                                   "'replace' or 'drop'") from error
             if invalid == "drop":
+                dropped(Dropped(id, "invalid_utf8", len(raw) - len(raw.decode(errors="ignore").encode()), 0))
                 continue
             text = raw.decode(errors="replace")
             raw = text.encode()
         if not text.strip():
             report["empty"] += 1
+            dropped(Dropped(id, "empty", 0, 1))
             continue
         report["documents"] += 1
         report["bytes"] += len(raw)
@@ -158,8 +170,14 @@ def tfds(argument: str) -> Iterator[Raw]:
     name, split = re.fullmatch(r"([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?", given, re.DOTALL).groups()
     try:
         data = tensorflow_datasets.data_source(name, split=split or "train", data_dir=os.environ.get("TFDS_DATA_DIR"))
-    except Exception as error:  # whatever TFDS raises: unknown name, no network, files in a format that it cannot index
-        raise ConfigError(f"data.sources: tfds:{given} cannot be opened: {error}") from error
+    except tensorflow_datasets.core.DatasetNotFoundError as error:  # whose text is a list of all there are
+        names = tensorflow_datasets.list_builders(with_community_datasets=False)  # those are on the network
+        near = difflib.get_close_matches(re.split("[/:]", name)[0], names)
+        hint = f"did you mean {' or '.join(near)}?" if near else "is it in $TFDS_DATA_DIR?"
+        raise ConfigError(f"data.sources: tfds:{given} names no data set: {hint}") from error
+    except Exception as error:  # whatever else TFDS raises: no network, files in a format that it cannot index
+        cause = " ".join(str(error).split())[:300]
+        raise ConfigError(f"data.sources: tfds:{given} cannot be opened: {type(error).__name__}: {cause}") from error
     for number in range(len(data)):
         place = f"tfds:{given} record {number}"
         yield f"{name}:{split or 'train'}:{number}", _bytes(_value(data[number], field, place), place), "", {}

@@ -2,6 +2,7 @@
 
     <root>/<sources>/<identity>/manifest.json card.md
         docs/part-<source>-<split>-*.parquet                  id source text lang meta
+        dropped/<stage>/part-<source>-*.parquet               id reason value threshold; kept and dropped are the input
         tokenizer/<kind>-<size>/                              trained on the training split
         tokens/<tokenizer>/tokens-*.npy offsets-*.npy         a shard a part, uint16 or uint32
         packs/<tokenizer>/<window>+<overlap>-<strategy>/      rows-*.npy segments-*.npy
@@ -26,7 +27,7 @@ from lm_jax.config import ConfigError, DataConfig
 from lm_jax.data import build, disk, documents, sources
 from lm_jax.data import tokenizer as tokenizers
 
-FORMAT = 1  # raise it when the stages write something else: older stores are then left alone
+FORMAT = 2  # raise it when the stages write something else: older stores are then left alone
 
 
 def prepare(data: DataConfig, *, say=print) -> "Store":
