@@ -11,7 +11,7 @@ def get_config():
     c.model.remat = "full"  # the state is small when 256 chips share it, every layer's activations are not
     c.data.sources = "parquet:corpora/web/*.parquet#text; parquet:corpora/code/*.parquet#text; jsonl:corpora/math/*.zst"
     c.data.weights = ((0.0, 0.80, 0.15, 0.05), (0.8, 0.50, 0.30, 0.20))  # the cool-down sees more code and mathematics
-    c.data.epochs = 4.0  # as good as new up to four times (Muennighoff et al. 2023)
+    c.data.epochs = (4.0,)  # as good as new up to four times (Muennighoff et al. 2023)
     c.data.tokenizer = "corpora/llama3/tokenizer.json"
     c.data.length = 4096
     c.data.validation = 0.0001

@@ -7,6 +7,7 @@ keys, wrong types and impossible combinations at once, before any device is touc
 
 import dataclasses
 import difflib
+import errno
 import glob
 import hashlib
 import json
@@ -20,8 +21,25 @@ from absl import flags
 from ml_collections import config_flags
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the key and the cure. Exit code 2: retrying cannot help."""
+class Failure(Exception):
+    """An end that is no bug: the message names what is wrong and the cure, `run` prints it and exits with `code`."""
+
+    code = 1
+
+
+class ConfigError(Failure, ValueError):
+    """A configuration that cannot run; the message names the key and the cure. Retrying cannot help."""
+
+    code = 2
+
+
+class DataError(ConfigError):
+    """Files that are damaged, or are not what was written; the message names the file."""
+
+    code = 77
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: a disk, a quota, a limit of the shell
 
 
 @dataclass(frozen=True)
@@ -95,7 +113,7 @@ class TransformerConfig:
 class DataConfig:
     sources: str = "stdlib"  # specs separated by ';' (stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#column, tfds:NAME, markov: ...)
     weights: tuple = ()  # a number per source, or a row (start fraction, number per source) per stage; () is by size
-    epochs: float = 0.0  # a source is repeated at most so often; 0 is no cap
+    epochs: tuple = ()  # most passes over a source: (4.0,) for all, or a number per source; 0 or () is no cap
     root: str = "data"  # folder of the prepared stores
     tokenizer: str = "bpe"  # bpe | unigram | byte | a SentencePiece .model | a Hugging Face tokenizer.json
     vocab: int = 8192  # size of a tokenizer trained here
@@ -234,7 +252,7 @@ def parse(argv: list[str], *, doc: str, **more) -> tuple[Config, flags.FlagValue
     `--print_config` print and exit 0.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "file with a get_config()", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "file with a get_config()", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "the run's folder; default runs/<config name>", flag_values=values)
     flags.DEFINE_boolean("print_config", False, "print the resolved config and exit", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this and exit", short_name="h", flag_values=values)
@@ -243,6 +261,8 @@ def parse(argv: list[str], *, doc: str, **more) -> tuple[Config, flags.FlagValue
     try:
         rest = values(argv)[1:]
         chosen = values["config"].value
+        if chosen is not None:
+            chosen.keys()  # where the file could not be loaded, this is what raises
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as e:
         raise ConfigError(_explain(e, argv)) from e
     if values.help:
@@ -261,12 +281,23 @@ def parse(argv: list[str], *, doc: str, **more) -> tuple[Config, flags.FlagValue
 
 
 def run(main):
-    """Call `main(argv)` as a program: a ConfigError is one readable message and exit code 2, never a traceback."""
+    """Call `main(argv)` as a program: what a user can cure is one readable message and an exit code, never a traceback.
+
+    Codes are an interface: 0 done, 2 the config cannot run, 74 no room on a disk, 75 stopped and saved, 77 data are
+    damaged, 78 diverged, 79 no intact checkpoint, 130 interrupted. What is left, a bug, is a traceback and 1.
+    """
     try:
         sys.exit(main(sys.argv))
-    except ConfigError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    except Failure as e:
+        message, code = str(e), e.code
+    except KeyboardInterrupt:
+        message, code = "interrupted; the same command goes on from what was saved", 130
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        message, code = f"{e}: make room, and run the same command to go on from what was saved", 74
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _build(cls, values: dict, prefix: str, problems: list[str]):
@@ -302,9 +333,12 @@ def _impossible(c: Config):
                      ("train.eval_every", 1), ("train.checkpoint_every", 1), ("model.max_length", 1)):
         if _get(c, key) < low:
             yield f"{key}={_get(c, key)}: at least {low}"
-    for key in ("model.dropout", "data.noise", "data.validation", "optim.decay", "optim.floor", "optim.ema", "train.smoothing"):
+    for key in ("data.noise", "data.validation", "optim.decay", "optim.floor", "train.smoothing"):
         if not 0 <= _get(c, key) <= 1:
             yield f"{key}={_get(c, key)}: a share between 0 and 1"
+    for key in ("model.dropout", "optim.ema"):
+        if not 0 <= _get(c, key) < 1:
+            yield f"{key}={_get(c, key)}: at least 0 and below 1"
     if m.heads > 0 and m.width % m.heads and not m.head_size:
         yield f"model.width={m.width} over model.heads={m.heads}: make it a multiple, or set model.head_size"
     if m.kv_heads and m.heads % m.kv_heads:

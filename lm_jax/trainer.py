@@ -154,7 +154,7 @@ class Trainer:
                     self.meter.restart()
         self.save()  # nothing to do if the last step was saved just now
         self.checkpoints.wait()
-        return status if self.done < c.steps else "ok"
+        return "ok" if status == "stopped" and self.done == c.steps else status
 
 
 def parameters(model, trainable=nnx.Param) -> dict:

@@ -126,7 +126,7 @@ def test_a_staged_mixture_meets_its_weights_at_all_times(data):
 
 def test_many_sources_take_turns_evenly():
     weights = (0.5, 0.1, 0.3, 0.05, 0.05)
-    stretches = mixture.schedule([1000] * 5, weights, epochs=0.0, needed=100_000)
+    stretches = mixture.schedule([1000] * 5, weights, epochs=(), needed=100_000)
     source, index = mixture.locate(stretches, np.arange(100_000))
     for s, weight in enumerate(weights):
         np.testing.assert_array_equal(index[source == s], np.arange((source == s).sum()))  # in order, none left out
@@ -134,7 +134,7 @@ def test_many_sources_take_turns_evenly():
 
 
 def test_a_spent_source_gives_its_weight_to_the_others(data):
-    settings = with_(data, weights=(1.0, 9.0), epochs=2.0)
+    settings = with_(data, weights=(1.0, 9.0), epochs=(2.0,))
     big, small = loader(settings, rows=30).sizes
     rows = 2 * (small + big)
     source, index = loader(settings, rows=rows).locate(np.arange(rows))
@@ -144,6 +144,14 @@ def test_a_spent_source_gives_its_weight_to_the_others(data):
         np.testing.assert_array_equal(np.bincount(index[source == s], minlength=size), 2)
     with pytest.raises(ConfigError, match=f"after row {rows:,} of .* at most {rows:,} with repeats. Raise data.epochs"):
         loader(settings, rows=rows + 30)
+
+
+def test_each_source_has_a_cap_of_its_own():
+    stretches = mixture.schedule([100, 100], (1.0, 1.0), epochs=(0.0, 1.5), needed=1000)
+    source, _ = mixture.locate(stretches, np.arange(1000))
+    assert np.bincount(source).tolist() == [850, 150]
+    with pytest.raises(ConfigError, match="a number >= 0 for each of 2 sources"):
+        mixture.schedule([100, 100], (), epochs=(1.0, 2.0, 3.0), needed=10)
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, -1.0), (0.0, 0.0), ((0.5, 1.0, 1.0),),

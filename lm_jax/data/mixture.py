@@ -21,14 +21,15 @@ class Stretch(NamedTuple):
     shares: np.ndarray  # of each source among itself and those after it, in units of 1/ONE
 
 
-def schedule(rows: list[int], weights: tuple, *, epochs: float, needed: int) -> list[Stretch]:
+def schedule(rows: list[int], weights: tuple, *, epochs: tuple, needed: int) -> list[Stretch]:
     """Stretches for k < needed, over sources of so many rows.
 
     `weights` is a number per source, or rows (start fraction of the run, number per source), or () for shares by size.
-    A source is given at most epochs x its rows (0: no cap); what it would have had then goes to the others.
+    A source is given at most its epochs x its rows (one number for all, or one each; 0 or (): no cap); what it would
+    have had then goes to the others.
     Raises ConfigError on weights that make no sense, and if the sources are spent before `needed` rows.
     """
-    caps = np.array([int(epochs * n) if epochs else np.iinfo(np.int64).max for n in rows])
+    caps = _caps(epochs, rows)
     stages = _stages(weights, rows)
     stretches, spent = [], np.zeros(len(rows), np.int64)
     for (start, weight), (end, _) in zip(stages, [*stages[1:], (1.0, None)]):
@@ -36,10 +37,9 @@ def schedule(rows: list[int], weights: tuple, *, epochs: float, needed: int) -> 
         while k < stop:
             able = np.where(spent < caps, weight, 0)
             if not able.any():
-                left = caps.sum() if epochs else 0
                 raise ConfigError(
-                    f"data.epochs={epochs:g} leaves no text after row {k:,} of the {needed:,} that train.steps x "
-                    f"train.batch needs: {len(rows)} sources have {sum(rows):,} rows, at most {left:,} with repeats. "
+                    f"data.epochs={epochs} leaves no text after row {k:,} of the {needed:,} that train.steps x "
+                    f"train.batch needs: {len(rows)} sources have {sum(rows):,} rows, at most {caps[weight > 0].sum():,} with repeats. "
                     "Raise data.epochs, add text, or train for fewer steps")
             stretch = Stretch(k, spent, _shares(able))
             k = min(stop, k + _until(stretch, caps - spent, stop - k))
@@ -113,6 +113,14 @@ def _mix(x):
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def _caps(epochs, rows):
+    """Most rows of each source."""
+    if len(epochs) not in (0, 1, len(rows)) or any(number < 0 for number in epochs):
+        raise ConfigError(f"data.epochs={epochs}: () for no cap, (4.0,) for all, or a number >= 0 for each of {len(rows)} sources")
+    each = epochs * len(rows) if len(epochs) == 1 else epochs or (0,) * len(rows)
+    return np.array([int(most * n) if most else np.iinfo(np.int64).max for most, n in zip(each, rows)])
 
 
 def _stages(weights, rows):
