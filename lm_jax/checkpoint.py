@@ -23,13 +23,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 
 from lm_jax import seal
-from lm_jax.config import ConfigError
+from lm_jax.config import ConfigError, Failure
 
 NONE, BAD = -1, -2  # what process 0 tells the others in place of a step
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written, or none left that can be read; the message names the cause."""
+class CheckpointError(Failure, RuntimeError):
+    """A checkpoint could not be written; the message names the cause."""
+
+    code = 74
+
+
+class NoCheckpointError(CheckpointError):
+    """There are checkpoints, and none can be read."""
+
+    code = 79
 
 
 class Checkpoints:
@@ -75,8 +83,8 @@ class Checkpoints:
 
         `like` is a pytree of arrays or ShapeDtypeStructs whose shardings say where the values go, on whatever mesh;
         leaves without one are replicated over the mesh in use, or on JAX's first device. `partial` allows `like` to ask
-        for fewer leaves than were saved. Raises ConfigError where names, shapes or dtypes differ, CheckpointError where
-        every checkpoint is damaged.
+        for fewer leaves than were saved. Raises ConfigError where names, shapes or dtypes differ, NoCheckpointError
+        where every checkpoint is damaged.
         """
         self.wait()
         step = self._agreed_step()
@@ -145,12 +153,12 @@ class Checkpoints:
             try:
                 step = self._newest_intact()
                 code = NONE if step is None else step
-            except CheckpointError as e:
+            except NoCheckpointError as e:
                 code, problem = BAD, str(e)
         if jax.process_count() > 1:
             code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
         if code == BAD:
-            raise CheckpointError(problem)
+            raise NoCheckpointError(problem)
         return None if code == NONE else code
 
     def _newest_intact(self) -> int | None:
@@ -163,8 +171,8 @@ class Checkpoints:
                 damaged.append(self._quarantine(path, str(e)))
         if damaged:
             names = ", ".join(sorted(path.name for path in damaged))
-            raise CheckpointError(f"no intact checkpoint in {self.folder}: {names} damaged. Bring one back, or remove "
-                                  f"them to start afresh")
+            raise NoCheckpointError(f"no intact checkpoint in {self.folder}: {names} damaged. Bring one back, or "
+                                    "remove them to start afresh")
         return None
 
     def _quarantine(self, path, reason):

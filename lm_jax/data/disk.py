@@ -1,7 +1,6 @@
 """Files that are whole or absent: written under a hidden name, synced, hashed, renamed; and one builder at a time."""
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm_jax.config import ConfigError
+from lm_jax.config import FULL, ConfigError
 
 
 class NpyWriter:
@@ -91,7 +90,7 @@ def explained(root):
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"data.root={str(root)!r} cannot be used: {error}. Choose a folder that takes files") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         free = shutil.disk_usage(root).free / 1e6
         raise ConfigError(f"no room under data.root={str(root)!r} ({free:,.0f} MB free): {error}. Make room or set "

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import NoneType
 from typing import NamedTuple
 
-from lm_jax.config import ConfigError
+from lm_jax.config import ConfigError, DataError
 from lm_jax.data import synthetic
 
 
@@ -64,8 +64,8 @@ def read(spec: str, *, invalid: str, report: Counter, dropped: Callable[[Dropped
         except UnicodeDecodeError as error:
             report["invalid_utf8"] += 1
             if invalid == "error":
-                raise ConfigError(f"{spec}: document {id} is not UTF-8 ({error}): repair it, or set data.invalid to "
-                                  "'replace' or 'drop'") from error
+                raise DataError(f"{spec}: document {id} is not UTF-8 ({error}): repair it, or set data.invalid to "
+                                "'replace' or 'drop'") from error
             if invalid == "drop":
                 dropped(Dropped(id, "invalid_utf8", len(raw) - len(raw.decode(errors="ignore").encode()), 0))
                 continue
@@ -110,7 +110,7 @@ def text(argument: str) -> Iterator[Raw]:
             with _open(path) as file:
                 yield _id(path, root), file.read(), "", {}
         except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error}; repair it, or leave it out of data.sources") from error
+            raise DataError(f"{path} cannot be read: {error}; repair it, or leave it out of data.sources") from error
 
 
 def jsonl(argument: str) -> Iterator[Raw]:
@@ -123,9 +123,9 @@ def jsonl(argument: str) -> Iterator[Raw]:
             try:
                 row = json.loads(line.decode(errors="surrogateescape"))  # bad bytes come back from _bytes as they were
             except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{place} is not JSON: {error}") from error
+                raise DataError(f"{place} is not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ConfigError(f"{place} is {type(row).__name__}, not a JSON object")
+                raise DataError(f"{place} is {type(row).__name__}, not a JSON object")
             id, lang = row.get("id"), row.get("lang")
             id = f"{_id(path, root)}:{number}" if id is None else _printable(str(id))
             yield id, _bytes(_value(row, field, place), place), lang if isinstance(lang, str) else "", {}
@@ -155,8 +155,8 @@ def parquet(argument: str) -> Iterator[Raw]:
                         id, lang = row.get("id"), row.get("lang")
                         yield f"{_id(path, root)}:{number}" if id is None else str(id), value or b"", lang or "", {}
         except (pyarrow.ArrowException, OSError) as error:
-            raise ConfigError(f"{path} cannot be read beyond its first {number} rows of text in {column!r}: {error}; "
-                              "repair it, or leave it out of data.sources") from error
+            raise DataError(f"{path} cannot be read beyond its first {number} rows of text in {column!r}: {error}; "
+                            "repair it, or leave it out of data.sources") from error
 
 
 def tfds(argument: str) -> Iterator[Raw]:
@@ -236,8 +236,8 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
                 if not line.isspace():
                     yield number, line
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read beyond its first {number} lines: {error}; repair it, or leave it out "
-                          "of data.sources") from error
+        raise DataError(f"{path} cannot be read beyond its first {number} lines: {error}; repair it, or leave it out "
+                        "of data.sources") from error
 
 
 def _field(argument: str) -> tuple[str, str]:

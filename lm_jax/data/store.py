@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from lm_jax import config
-from lm_jax.config import ConfigError, DataConfig
+from lm_jax.config import DataConfig, DataError
 from lm_jax.data import build, disk, documents, sources
 from lm_jax.data import tokenizer as tokenizers
 
@@ -33,7 +33,8 @@ FORMAT = 2  # raise it when the stages write something else: older stores are th
 def prepare(data: DataConfig, *, say=print) -> "Store":
     """The store of `data`; whatever stage is missing is built first, and `say` is told.
 
-    Raises ConfigError on an empty or unreadable source, a full disk, or a file that is not what the manifest says.
+    Raises ConfigError on an empty source or a full disk, DataError on a source that cannot be read and on a file that is
+    not what the manifest says.
     """
     specs = sources.parse(data.sources)
     named = dict(zip(tags(specs), specs))
@@ -117,7 +118,7 @@ class Store:
                 path = self.path / name / file
                 if not path.exists() or not right(path, entry):
                     wrong = "is not what its manifest says" if path.exists() else "is missing"
-                    raise ConfigError(f"{path} {wrong}: delete {self.path / 'manifest.json'} to build this store again")
+                    raise DataError(f"{path} {wrong}: delete {self.path / 'manifest.json'} to build this store again")
 
 
 class Rows:
@@ -152,7 +153,7 @@ def _manifest(path):
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ConfigError(f"{path / 'manifest.json'} is no JSON ({error}): delete it to build a new store") from error
+        raise DataError(f"{path / 'manifest.json'} is no JSON ({error}): delete it to build a new store") from error
 
 
 def _whole(data, manifest):

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lm_jax.config import ConfigError
+from lm_jax.config import ConfigError, DataError
 from lm_jax.data.tokenizer_backends import BACKENDS, NAMES, Bytes, HuggingFace, Pieces
 
 
@@ -64,9 +64,9 @@ def load(folder: str) -> Tokenizer:
         with open(os.path.join(folder, saved["file"]), "rb") as file:
             tokenizer = BACKENDS[saved["backend"]](file.read())
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"no whole tokenizer in {folder}: {error}; prepare the data again") from error
+        raise DataError(f"no whole tokenizer in {folder}: {error}; prepare the data again") from error
     if tokenizer.digest != saved["digest"]:
-        raise ConfigError(f"the tokenizer in {folder} is not the one saved there: prepare the data again")
+        raise DataError(f"the tokenizer in {folder} is not the one saved there: prepare the data again")
     return tokenizer
 
 
