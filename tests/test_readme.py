@@ -1,0 +1,35 @@
+"""What the README tells a user to type is understood: each command's config resolves, each file and module it names is there."""
+
+import importlib.util
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from lm_jax import config
+
+ROOT = pathlib.Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.S)
+LINES = "\n".join(BLOCKS).replace("\\\n", " ").replace("&&", "\n").splitlines()
+COMMANDS = [shlex.split(line, comments=True) for line in LINES if "lm_jax." in line]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_commands_of_the_readme_resolve(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert command[:2] == ["python", "-m"] and importlib.util.find_spec(command[2])
+    with pytest.raises(SystemExit) as stop:
+        config.parse([command[2], *command[3:], "--print_config"], doc="")
+    assert stop.value.code in (0, None) and '"name"' in capsys.readouterr().out
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 6
+    assert [block.count("pip install") for block in BLOCKS[:2]] == [1, 1], "two commands do all the set-up"
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:lm_jax|configs|tests|docs)/[\w./]+)`", TEXT))))
+def test_the_files_that_the_readme_names_exist(path):
+    assert (ROOT / path).exists()
