@@ -54,7 +54,8 @@ def token_scores(model, x_BTD, targets_BT):
     """
     B, T, _ = x_BTD.shape
     size = parallel.local_size("BTV", (B, T, model.cfg.vocab))
-    chunks = next(n for n in range(1, T + 1) if T % n == 0 and (size <= n * CHUNK or n == T))
+    local = parallel.local_size("T", (T,))  # no chunk may need another device's tokens
+    chunks = next(n for n in range(1, local + 1) if local % n == 0 and (size <= n * CHUNK or n == local))
     if chunks == 1:
         return _scores(model, x_BTD, targets_BT)
     scores = jax.checkpoint(lambda xs: _scores(model, *xs), prevent_cse=False)
