@@ -1,0 +1,159 @@
+"""The same numbers on every mesh, weights that do not depend on it, and every config traced on a mesh of its true size."""
+
+import dataclasses
+import functools
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+import tiny
+from lm_jax import config, losses, parallel
+from lm_jax.config import ConfigError, MeshConfig
+from lm_jax.data import examples
+from lm_jax.models.transformer import Transformer, make
+
+MESHES = {
+    "fsdp 8": dict(fsdp=8),
+    "data 8": dict(data=8, fsdp=1),
+    "model 4, data 2": dict(model=4, data=2, fsdp=1),
+    "sequence 4, fsdp 2": dict(sequence=4, fsdp=2),
+    "expert 4, fsdp 2": dict(expert=4, fsdp=2),
+}
+MODELS = {
+    "decoder": dict(depth=1, kv_heads=2, tied=False, sinks=True),  # fewer key heads than shards of the model
+    "encoder": dict(depth=1),
+    "encoder_decoder": dict(depth=1, encoder_depth=1),
+    "experts": dict(depth=1),
+}
+
+
+TOLD_APART = {"data 8": ("decoder", "experts"), "expert 4, fsdp 2": ("experts",)}  # elsewhere these are fsdp in small
+
+
+@pytest.mark.parametrize("family, mesh", [(f, m) for m in MESHES for f in TOLD_APART.get(m, MODELS)])
+def test_every_mesh_gives_the_same_loss_and_gradient(family, mesh):
+    np.testing.assert_allclose(numbers(family, mesh), alone(family), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["sequence 4, fsdp 2", "model 4, data 2"])
+def test_a_chunked_loss_is_the_same_on_every_mesh(mesh, monkeypatch):
+    expected = alone("decoder")
+    monkeypatch.setattr(losses, "CHUNK", 16)  # as many parts as the row has tokens, or the shards of it allow
+    np.testing.assert_allclose(numbers("decoder", mesh), expected, rtol=1e-5)
+
+
+@functools.cache
+def alone(family: str) -> list[float]:
+    return numbers(family, None)
+
+
+def numbers(family: str, mesh: str | None) -> list[float]:
+    """The objective and the norm of its gradient, on a mesh or on one device."""
+    model, batch = tiny.model(family, **MODELS[family]), tiny.pairs() if family == "encoder_decoder" else tiny.rows()
+
+    @functools.partial(jax.jit, compiler_options=tiny.QUICK)
+    def scored(model, batch):
+        value, _, grads = tiny.score(model, batch)
+        return value, tiny.norm(grads)
+
+    if mesh is None:
+        return [float(x) for x in scored(model, batch)]
+    devices = parallel.make_mesh(MeshConfig(**MESHES[mesh]))
+    with jax.sharding.set_mesh(devices):
+        layouts = jax.eval_shape(lambda: Transformer(model.cfg, rngs=nnx.Rngs(0)))
+        placed = jax.tree.map(lambda w, like: jax.device_put(w, NamedSharding(devices, like.sharding.spec)), model, layouts)
+        return [float(x) for x in scored(placed, parallel.put_batch(batch))]
+
+
+def test_initial_weights_do_not_depend_on_the_mesh():
+    """But for the last bit, which a compiler may round as it likes; each lives in the pieces that the letter table says."""
+    cfg = tiny.settings("experts", depth=1, tied=False)
+    single = make(cfg, seed=3)
+    for mesh in ("expert 4, fsdp 2", "model 4, data 2"):
+        with jax.sharding.set_mesh(parallel.make_mesh(MeshConfig(**MESHES[mesh]))):
+            model = make(cfg, seed=3)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-7), single, model)
+        up_LEDF = model.decoder.blocks.mlp.up[...]
+        shape = {"expert 4, fsdp 2": (1, 1, 16, 64), "model 4, data 2": (1, 4, 32, 16)}[mesh]
+        assert up_LEDF.addressable_shards[0].data.shape == shape
+
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+LARGE = ("1b", "8b", "moe")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_traces_on_its_mesh(path):
+    """The whole loss and its gradient by types alone: nothing is allocated, and a wrong layout is an error here."""
+    c = config.resolve(runpy.run_path(str(path))["get_config"]())
+    sizes = parallel.mesh_sizes(c.mesh, 256 if path.stem in LARGE else 8)
+    m = dataclasses.replace(c.model, vocab=c.model.vocab or c.data.vocab)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
+    with jax.sharding.use_abstract_mesh(mesh):
+        model = jax.eval_shape(lambda: Transformer(m, rngs=nnx.Rngs(0)))
+        grads = jax.eval_shape(lambda model, batch: tiny.score(model, batch)[2], model, abstract(c))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    jax.tree.map(lambda w, g: (w.shape, w.dtype, w.sharding.spec) == (g.shape, g.dtype, g.sharding.spec) or
+                 pytest.fail(f"a gradient {g} for a weight {w}"), params, grads)
+    if path.stem in LARGE:
+        held = sum(w.size // held_by(w.sharding.spec, sizes) for w in jax.tree.leaves(params))
+        assert held < 1.05 * sum(w.size for w in jax.tree.leaves(params)) / (sizes["fsdp"] * sizes["model"])
+
+
+def held_by(spec: PartitionSpec, sizes: dict) -> int:
+    """Among how many devices a weight is divided."""
+    axes = [a for axis in spec if axis for a in ((axis,) if isinstance(axis, str) else axis)]
+    return int(np.prod([sizes[a] for a in axes]))
+
+
+def abstract(c: config.Config) -> dict:
+    """The types of one microbatch."""
+    B = c.train.batch // c.train.microbatches
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def rows(T, keys):
+        layout = NamedSharding(mesh, parallel.activation("BT", (B, T)))
+        typed = lambda key: jax.ShapeDtypeStruct((B, T), jnp.float32 if "weights" in key else jnp.int32, sharding=layout)
+        return {key: typed(key) for key in keys}
+
+    batch = rows(examples.target_length(c.data), ("tokens", "targets", "weights", "positions", "segments"))
+    if c.model.encoder_depth:
+        batch["source"] = rows(c.data.length, ("tokens", "positions", "segments"))
+    if c.model.head == "bert":
+        batch |= rows(c.data.length, ("types", "pair_targets", "pair_weights"))
+    return batch
+
+
+def test_what_does_not_divide_is_replicated_and_said():
+    sizes = MeshConfig(model=4, fsdp=2)
+    with jax.sharding.set_mesh(parallel.make_mesh(sizes)):
+        assert parallel.weight("DKH", (32, 2, 8)) == PartitionSpec("fsdp", None, None)
+        assert parallel.replicated_letters("DKH", (32, 2, 8)) == "K"
+        assert parallel.replicated_letters("DNH", (32, 4, 8)) == ""
+        assert parallel.activation("BTV", (8, 16, 64)) == PartitionSpec("fsdp", None, "model")
+        assert parallel.local_size("BTV", (8, 16, 64)) == 8 * 16 * 64 // 8
+    assert parallel.weight("DKH", (32, 2, 8)) is None, "without a mesh all of this is silent"
+
+
+def test_a_mesh_that_cannot_be_is_an_error_that_says_what_could():
+    assert parallel.mesh_sizes(MeshConfig(model=2, sequence=2), 8)["fsdp"] == 2
+    for wrong in (dict(model=3), dict(fsdp=4), dict(fsdp=-1, data=-1), dict(model=0)):
+        with pytest.raises(ConfigError, match="mesh .*(devices|sizes)"):
+            parallel.mesh_sizes(MeshConfig(**wrong), 8)
+    with jax.sharding.set_mesh(parallel.make_mesh(MeshConfig())):
+        parallel.rows_divide(16, 2)
+        with pytest.raises(ConfigError, match="multiple of 16"):
+            parallel.rows_divide(24, 2)
+
+
+def test_splitting_and_joining_are_inverse(rng):
+    x = rng.standard_normal((2, 12, 3)).astype(np.float32)
+    parts = parallel.split(jnp.asarray(x), 4, axis=1)
+    np.testing.assert_array_equal(parts[1], x[:, 1::4])  # interleaved
+    np.testing.assert_array_equal(parallel.join(parts, axis=1), x)
