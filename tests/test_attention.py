@@ -64,7 +64,8 @@ def test_attention_survives_large_logits_and_rows_that_see_nothing(rng):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(kv_heads=2, bias="all"), dict(qk_norm=True, head_size=16), dict(kv_heads=1, sinks=True, attention_softcap=2.0)])
+    dict(kv_heads=2, bias="all"), dict(qk_norm=True, head_size=16),
+    dict(kv_heads=1, sinks=True, attention_softcap=2.0)], ids=str)
 def test_the_layer_is_projections_norms_rotations_attention_and_output(changes, rng):
     cfg = tiny.settings(**changes)
     layer = Attention(cfg, rngs=nnx.Rngs(0))
@@ -75,7 +76,7 @@ def test_the_layer_is_projections_norms_rotations_attention_and_output(changes, 
     y, _ = layer(jnp.asarray(x, jnp.float32), mask, angles=positions.rotary(cfg, layout.positions_BT))
     wide = lambda a: None if a is None else np.asarray(a[...], np.float64)
 
-    def project(einsum, norm, turn):
+    def project(einsum, norm, *, turn):
         heads = np.einsum("BTD,DNH->BTNH", x, wide(einsum.w)) + (0 if einsum.b is None else wide(einsum.b))
         if norm is not None:
             heads = heads / np.sqrt((heads**2).mean(-1, keepdims=True) + cfg.norm_eps) * wide(norm.scale)
@@ -87,8 +88,10 @@ def test_the_layer_is_projections_norms_rotations_attention_and_output(changes, 
         turned = (heads[..., :half] + 1j * heads[..., half:]) * np.exp(1j * angle)
         return np.concatenate([turned.real, turned.imag], -1)
 
-    qkv = (project(layer.query, layer.query_norm, True), project(layer.key, layer.key_norm, True), project(layer.value, None, False))
-    heads = reference(*qkv, np.asarray(mask), scale=cfg.sizes["H"] ** -0.5, softcap=cfg.attention_softcap, sinks=wide(layer.sinks))
+    q, k = project(layer.query, layer.query_norm, turn=True), project(layer.key, layer.key_norm, turn=True)
+    v = project(layer.value, None, turn=False)
+    heads = reference(q, k, v, np.asarray(mask), scale=cfg.sizes["H"] ** -0.5, softcap=cfg.attention_softcap,
+                      sinks=wide(layer.sinks))
     expected = np.einsum("BTNH,NHD->BTD", heads, wide(layer.out.w)) + (0 if layer.out.b is None else wide(layer.out.b))
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 

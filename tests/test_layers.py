@@ -19,7 +19,8 @@ EQUATIONS = ["BTD,DF->BTF", "BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,VD->BTV"]
 
 def arrays(equation: str, rng) -> list:
     sizes = dict(B=2, T=3, D=4, F=5, N=2, H=3, V=7)
-    return [rng.standard_normal([sizes[a] for a in letters]).astype(np.float32) for letters in re.split(",|->", equation)]
+    shapes = [[sizes[a] for a in letters] for letters in re.split(",|->", equation)]
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
 @pytest.mark.parametrize("equation", EQUATIONS)
@@ -60,7 +61,7 @@ def test_one_number_sets_every_tables_and_matrixs_initial_std():
     block = params["decoder"]["blocks"]
     for w in (params["embed"]["table"], block["attention"]["query"]["w"], block["mlp"]["up"]["w"]):
         assert float(w.std()) == pytest.approx(0.3, rel=0.05)
-    for w in (block["attention"]["out"]["w"], block["mlp"]["down"]["w"]):  # GPT-2's 1/sqrt(2L) on what the residual adds
+    for w in (block["attention"]["out"]["w"], block["mlp"]["down"]["w"]):  # what the residual adds (GPT-2)
         assert float(w.std()) == pytest.approx(0.3 / math.sqrt(2 * cfg.depth), rel=0.05)
 
 
@@ -119,7 +120,8 @@ FORMULAS = {
 @pytest.mark.parametrize("name", CHOICES["model.activation"])
 def test_an_activation_is_its_formula(name):
     x = np.linspace(-4, 4, 33)
-    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), [FORMULAS[name](a) for a in x], atol=2e-6)
+    got = ACTIVATIONS[name](jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(got, [FORMULAS[name](a) for a in x], atol=2e-6)
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -1,4 +1,4 @@
-"""The same numbers on every mesh, weights that do not depend on it, and every config traced on a mesh of its true size."""
+"""The same numbers on every mesh, weights that do not depend on it, and every config traced on its own mesh."""
 
 import dataclasses
 import functools
@@ -66,13 +66,14 @@ def numbers(family: str, mesh: str | None) -> list[float]:
         return [float(x) for x in scored(model, batch)]
     devices = parallel.make_mesh(MeshConfig(**MESHES[mesh]))
     with jax.sharding.set_mesh(devices):
-        layouts = jax.eval_shape(lambda: Transformer(model.cfg, rngs=nnx.Rngs(0)))
-        placed = jax.tree.map(lambda w, like: jax.device_put(w, NamedSharding(devices, like.sharding.spec)), model, layouts)
+        types = jax.eval_shape(lambda: Transformer(model.cfg, rngs=nnx.Rngs(0)))
+        layouts = jax.tree.map(lambda like: NamedSharding(devices, like.sharding.spec), types)
+        placed = jax.device_put(model, layouts)
         return [float(x) for x in scored(placed, parallel.put_batch(batch))]
 
 
 def test_initial_weights_do_not_depend_on_the_mesh():
-    """But for the last bit, which a compiler may round as it likes; each lives in the pieces that the letter table says."""
+    """But for the last bit, which a compiler may round as it likes; each lives in the table's pieces."""
     cfg = tiny.settings("experts", depth=1, tied=False)
     single = make(cfg, seed=3)
     for mesh in ("expert 4, fsdp 2", "model 4, data 2"):
@@ -119,8 +120,8 @@ def abstract(c: config.Config) -> dict:
 
     def rows(T, keys):
         layout = NamedSharding(mesh, parallel.activation("BT", (B, T)))
-        typed = lambda key: jax.ShapeDtypeStruct((B, T), jnp.float32 if "weights" in key else jnp.int32, sharding=layout)
-        return {key: typed(key) for key in keys}
+        dtype = lambda key: jnp.float32 if "weights" in key else jnp.int32
+        return {key: jax.ShapeDtypeStruct((B, T), dtype(key), sharding=layout) for key in keys}
 
     batch = rows(examples.target_length(c.data), ("tokens", "targets", "weights", "positions", "segments"))
     if c.model.encoder_depth:

@@ -53,8 +53,8 @@ def reference(layer, x_BTD) -> np.ndarray:
     return y_BTD
 
 
-@pytest.mark.parametrize("moe", [dict(top_k=2), dict(top_k=1), dict(top_k=4), dict(top_k=2, shared=2), dict(top_k=2, gated=False)],
-                         ids=str)
+@pytest.mark.parametrize("moe", [
+    dict(top_k=2), dict(top_k=1), dict(top_k=4), dict(top_k=2, shared=2), dict(top_k=2, gated=False)], ids=str)
 def test_experts_are_a_loop_over_tokens(moe, rng):
     layer, x = layer_of(rng, **moe), rng.standard_normal((2, 6, 8))
     y, _ = layer(jnp.asarray(x, jnp.float32), jnp.ones((2, 6), bool))

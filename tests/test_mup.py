@@ -1,6 +1,6 @@
-"""muP by the coordinate check: after steps of training, no activation grows or shrinks with the width, nor with the depth.
+"""muP by the coordinate check: in training, no activation grows or shrinks with the width, nor with the depth.
 
-Yang et al. 2022, appendix D; depth as in CompleteP (Dey et al. 2025). The slope is of log root-mean-square over log size.
+Yang et al. 2022, appendix D; depth as in CompleteP (Dey et al. 2025). Slopes are of log root-mean-square over log size.
 """
 
 import functools
@@ -45,7 +45,8 @@ def test_initial_scales_follow_the_width_as_the_table_says():
     """CompleteP, table 1: matrices fall with the root of the width, tables and the head stay; experts are matrices."""
     def stds(width):
         moe = MoEConfig(experts=2, top_k=1)
-        cfg = tiny.settings(width=width, hidden=2 * width, base_width=64, init_std=0.1, tied=False, vocab=512, depth=1, moe=moe)
+        cfg = tiny.settings(width=width, hidden=2 * width, base_width=64, init_std=0.1, tied=False, vocab=512, depth=1,
+                            moe=moe)
         model = jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(0)), compiler_options=tiny.QUICK)()
         block = model.decoder.blocks
         return {"table": model.embed.table[...].std(), "head": model.unembed.w[...].std(),
@@ -60,7 +61,8 @@ def test_initial_scales_follow_the_width_as_the_table_says():
 def slopes(sizes, record) -> dict[str, float]:
     """Of each recorded activation: the slope of log scale over log size, by least squares."""
     scales = [record(size) for size in sizes]
-    return {name: float(np.polyfit(np.log(sizes), np.log([scale[name] for scale in scales]), 1)[0]) for name in scales[0]}
+    fit = lambda values: float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+    return {name: fit([scale[name] for scale in scales]) for name in scales[0]}
 
 
 @functools.cache
@@ -108,4 +110,5 @@ def recorded(model, batch):
         x = x + z * block.mlp_residual.scale
         scales |= {f"attention {i}": rms(y), f"mlp {i}": rms(z)}
     hidden = model.decoder.norm(x)
-    return scales | {"stream": rms(x), "hidden": rms(hidden), "logits": rms(model.logits(hidden))}, hidden, model.hidden(batch)[0]
+    scales |= {"stream": rms(x), "hidden": rms(hidden), "logits": rms(model.logits(hidden))}
+    return scales, hidden, model.hidden(batch)[0]

@@ -1,4 +1,4 @@
-"""Rotary angles, sinusoids, T5's buckets and ALiBi against the papers' formulas, written out one number at a time in float64."""
+"""Rotary angles, sinusoids, T5's buckets and ALiBi against the papers' formulas, one number at a time in float64."""
 
 import math
 
@@ -71,16 +71,20 @@ def test_rotary_is_its_formula(scaling, fraction, interleaved, rng):
 @pytest.mark.parametrize("scaling", CHOICES["model.rope.scaling"])
 def test_scaled_rotary_moves_what_it_should(scaling):
     """Every scaling but "none" lengthens the longest wave, and all but linear leave the shortest alone."""
-    cfg = lambda name, factor: tiny.settings(head_size=HEAD, max_length=LENGTH, rope=RopeConfig(scaling=name, factor=factor))
-    angle = lambda cfg: np.arctan2(*(np.asarray(a[0, 1]) for a in positions.rotary(cfg, jnp.arange(4 * LENGTH)[None])[::-1]))
-    plain, scaled = angle(cfg("none", 1.0)), angle(cfg(scaling, 4.0))
+    def angle(name, factor):
+        """What one step turns each pair by."""
+        cfg = tiny.settings(head_size=HEAD, max_length=LENGTH, rope=RopeConfig(scaling=name, factor=factor))
+        cos, sin = positions.rotary(cfg, jnp.arange(4 * LENGTH)[None])
+        return np.arctan2(sin[0, 1], cos[0, 1])
+
+    plain, scaled = angle("none", 1.0), angle(scaling, 4.0)
     assert (scaled[-1] < 0.6 * plain[-1]) == (scaling != "none")
     assert (scaled[0] == pytest.approx(plain[0], rel=1e-5)) == (scaling != "linear")
 
 
 def test_dynamic_scaling_is_none_within_max_length():
-    angles = [positions.rotary(tiny.settings(max_length=LENGTH, rope=RopeConfig(scaling=name, factor=4.0)), jnp.arange(LENGTH)[None])
-              for name in ("none", "dynamic")]
+    ropes = [RopeConfig(scaling=name, factor=4.0) for name in ("none", "dynamic")]
+    angles = [positions.rotary(tiny.settings(max_length=LENGTH, rope=rope), jnp.arange(LENGTH)[None]) for rope in ropes]
     np.testing.assert_allclose(angles[0], angles[1], atol=1e-5)
 
 
@@ -113,10 +117,9 @@ def bucket(ahead: int, causal: bool, count: int) -> int:
     exact = count // 2
     if away < exact:
         return offset + away
-    steps = 0  # the largest with exact * (128 / exact) ** (steps / (count - exact)) <= away
-    while steps + 1 < count - exact and (away * exact ** -1) ** (count - exact) * (1 + 1e-12) >= (128 / exact) ** (steps + 1):
-        steps += 1
-    return offset + exact + steps
+    far = count - exact  # as many buckets from `exact` to 128, each (128 / exact)^(1 / far) times as far as the last
+    begun = sum((away / exact) ** far * (1 + 1e-12) >= (128 / exact) ** step for step in range(1, far))
+    return offset + exact + begun
 
 
 def test_alibi_is_its_slopes_times_the_distance():

@@ -1,4 +1,4 @@
-"""What a token may depend on, by gradient and by perturbation, for every way of placing and masking; the cache; the heads."""
+"""What a token may depend on, by gradient and by perturbation, for every mask and placing; the cache; the heads."""
 
 import functools
 
@@ -18,7 +18,8 @@ PATHS = {name: dict(positions=name) for name in CHOICES["model.positions"]} | {
     "dynamic rope": dict(rope=RopeConfig(scaling="dynamic", factor=2.0), max_length=4),
     "window": dict(window=2),
     "mixed windows": dict(window=2, window_pattern="SF"),
-    "every switch": dict(kv_heads=2, qk_norm=True, attention_softcap=2.0, logit_softcap=3.0, sinks=True, norm_place="sandwich"),
+    "every switch": dict(kv_heads=2, qk_norm=True, attention_softcap=2.0, logit_softcap=3.0, sinks=True,
+                         norm_place="sandwich"),
     "prefix": dict(),
     "prefix, relative": dict(positions="relative"),
     "both ways": dict(causal=False),

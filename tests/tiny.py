@@ -28,7 +28,7 @@ def settings(family: str = "decoder", **changes) -> TransformerConfig:
 
 
 def model(family: str = "decoder", **changes) -> Transformer:
-    """A model of `settings` whose every parameter is drawn, norms' scales and biases too: no promise holds by a zero."""
+    """A model of `settings` whose every parameter is drawn, scales and biases too: no promise holds by a zero."""
     shapes = jax.eval_shape(lambda: Transformer(settings(family, **changes), rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
 
@@ -59,7 +59,7 @@ def pairs(seed: int = 0, **changes) -> dict:
 
 
 def score(model: Transformer, batch: dict, key=None, **knobs):
-    """The differentiated objective as a mean, the metrics, and the gradients: a nested dict of the parameters' shape."""
+    """The differentiated objective as a mean, the metrics, and the gradients as a nested dict."""
     graph, params = nnx.split(model)
 
     def objective(params):
