@@ -115,11 +115,12 @@ class Trainer:
         """Go on from the newest intact checkpoint, if there is one; its step, and the seconds of training before it."""
         found = self.checkpoints.restore(_saved(self.state))
         step, saved, extra = found or (0, None, {"seconds": 0.0})
-        gone = self.workdir.keep_metrics(step)
+        if saved and extra["data"] != self.recipe.data:
+            raise ConfigError(f"{self.workdir.path} was trained on data {extra['data']} and the store now holds "
+                              f"{self.recipe.data}: bring the old data back, or pass another --workdir")
+        evaluated = min(step, self.config.train.steps - 1)  # the last evaluation comes after the last checkpoint
+        gone = self.workdir.keep_metrics(step, evaluated=evaluated)
         if saved:
-            if extra["data"] != self.recipe.data:
-                raise ConfigError(f"{self.workdir.path} was trained on data {extra['data']} and the store now holds "
-                                  f"{self.recipe.data}: bring the old data back, or pass another --workdir")
             self.state = State(saved["step"], _with(self.state.model, saved["params"]), saved["opt"])
             say(f"resumed at step {step}" + (f"; {gone} later rows of metrics.jsonl are made again" if gone else ""))
         return step, extra["seconds"]

@@ -32,14 +32,18 @@ class Workdir:
     def open(self, config: dict):
         """Claim the folder for a run of `config` (nested, JSON-able) until `close` or the process's end.
 
-        Raises ConfigError where another trainer holds the folder, or where it belongs to another config.
+        Raises ConfigError where another trainer holds the folder, where it belongs to another config, or where no folder
+        can be. A run that ended before its first step leaves the folder to any config.
         """
         if not self.writes:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._claim()
-        recorded = read_json(self.path / "config.json")
-        if recorded is None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._claim()
+        except (PermissionError, FileExistsError, NotADirectoryError) as e:
+            raise ConfigError(f"--workdir={self.path} cannot be used: {e}. Pass a folder that takes files") from e
+        recorded = self.read_json("config.json")
+        if recorded is None or not self._begun():
             self.write_json("config.json", config)
         elif changed := difference(recorded, json.loads(json.dumps(config))):
             self.close()
@@ -61,8 +65,12 @@ class Workdir:
         """A record, or None where there is none."""
         return read_json(self.path / name)
 
-    def keep_metrics(self, step: int) -> int:
-        """Make metrics.jsonl end where a run resumes: rows beyond `step`, and a row cut off by a kill, go; how many."""
+    def keep_metrics(self, step: int, *, evaluated: int | None = None) -> int:
+        """Make metrics.jsonl end where a run resumes: rows beyond `step`, and a row cut off by a kill, go; how many.
+
+        Evaluations, which are rows with a tag, go beyond `evaluated` if it is given.
+        """
+        ends = {False: step, True: step if evaluated is None else evaluated}
         if not self.writes or not self.metrics.exists():
             return 0
         gone = 0
@@ -71,13 +79,18 @@ class Workdir:
             nonlocal gone
             with open(self.metrics, errors="replace") as f:
                 for line in f:
-                    if _step_of(line) <= step:
+                    at, tagged = _place(line)
+                    if at <= ends[tagged]:
                         yield line
                     else:
                         gone += 1
 
         replace(self.metrics, kept())
         return gone
+
+    def _begun(self) -> bool:
+        """Whether there is anything that another config would spoil."""
+        return self.metrics.exists() and self.metrics.stat().st_size > 0 or any(self.checkpoints.glob("*"))
 
     def _claim(self):
         """Take the lock, which the system frees when its holder dies, however it dies."""
@@ -132,9 +145,10 @@ def replace(path: Path, chunks):
         raise
 
 
-def _step_of(line: str) -> float:
-    """The step of a whole row; infinity for what is none."""
+def _place(line: str) -> tuple[float, bool]:
+    """The step of a row and whether it is an evaluation's; infinity for what is no whole row."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+        row = json.loads(line)
+        return (row["step"] if line.endswith("\n") else math.inf), "tag" in row
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return math.inf, False

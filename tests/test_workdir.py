@@ -20,10 +20,30 @@ def test_the_same_config_may_come_back_and_another_is_told_what_differs(tmp_path
         run = Workdir(tmp_path / "runs" / "tiny")
         run.open(CONFIG)
         run.close()
+    run.metrics.write_text('{"step": 1, "loss": 3.0}\n')
     with pytest.raises(ConfigError, match=r"optim.lr: 0.001 -> 0.002(.|\n)*") as error:
         Workdir(tmp_path / "runs" / "tiny").open(CONFIG | {"optim": {"lr": 2e-3, "betas": (0.9, 0.95)}})
     assert "--workdir" in str(error.value) and "betas" not in str(error.value)
     run.open(CONFIG)  # the refused one holds nothing
+
+
+def test_a_run_that_ended_before_its_first_step_leaves_the_folder_to_any_config(tmp_path):
+    for name in ("mistyped", "mended"):
+        run = Workdir(tmp_path)
+        run.open({"name": name})
+        run.metrics.touch()
+        run.close()
+    assert run.read_json("config.json") == {"name": "mended"}
+    (run.checkpoints / "3").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="name: 'mended' -> 'mistyped'"):
+        run.open({"name": "mistyped"})
+
+
+def test_what_cannot_be_a_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match=f"--workdir={path} cannot be used"):
+            Workdir(path).open(CONFIG)
 
 
 def test_two_trainers_cannot_share_a_folder_and_a_killed_one_lets_go(tmp_path):
@@ -78,4 +98,6 @@ def test_metrics_end_where_a_run_resumes(tmp_path):
         assert run.keep_metrics(5) == 3
         assert [json.loads(line) for line in run.metrics.read_text().splitlines()] == rows[:5] + rows[7:]
     assert run.keep_metrics(5) == 0
+    assert run.keep_metrics(5, evaluated=3) == 1
+    assert [json.loads(line) for line in run.metrics.read_text().splitlines()] == rows[:5]
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
