@@ -5,6 +5,8 @@ single keys (`--config.optim.lr=3e-4`). `resolve` turns the result into a frozen
 keys, wrong types and impossible combinations at once, before any device is touched.
 """
 
+import ast
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -365,6 +367,15 @@ def _impossible(c: Config):
         yield f"model.head={m.head!r} with data.objective={d.objective!r}: the 'bert' head and 'masked_pairs' go together"
     if d.objective == "masked_pairs" and m.types < 2:
         yield f"model.types={m.types} with data.objective='masked_pairs': sentence A and B need model.types=2"
+    if m.rope.factor != 1 and m.rope.scaling == "none":
+        yield f"model.rope.factor={m.rope.factor} with model.rope.scaling='none': name a scaling, or leave the factor at 1"
+    if m.positions == "rope" and not 0 < m.rope.fraction <= 1:
+        yield f"model.rope.fraction={m.rope.fraction}: above 0 and at most 1"
+    for key in ("model.window", "model.moe.experts", "model.moe.shared", "model.encoder_depth", "train.eval_rows"):
+        if _get(c, key) < 0:
+            yield f"{key}={_get(c, key)}: 0 or above"
+    if m.base_width and not m.head_size:
+        yield "model.base_width (muP) with model.head_size=0: name the size, which stays while the number of heads grows"
     if m.base_width and m.norm_place == "post":
         yield "model.base_width (muP) with model.norm_place='post': muP wants 'pre' or 'sandwich'"
     if len(o.betas) != 2:
@@ -392,5 +403,8 @@ def _explain(error: Exception, argv: list[str]) -> str:
     for path in (a.split("=", 1)[1].split(":")[0] for a in argv if a.startswith("--config=")):
         if not os.path.exists(path):
             return f"no config file {path!r}: there are {', '.join(sorted(glob.glob('configs/*.py'))) or 'none in configs/'}"
-    message = " ".join(str(error.args[0] if error.args else error).split())
+    message = str(error.args[0] if error.args else error)
+    with contextlib.suppress(ValueError, SyntaxError):
+        message = str(ast.literal_eval(message))  # ml_collections quotes what a KeyError has quoted
+    message = " ".join(message.split())
     return f"{message} (in {' '.join(argv[1:])})"

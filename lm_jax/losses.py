@@ -30,7 +30,8 @@ def next_token(model, batch: Batch, key=None, *, z_loss: float = 0.0, smoothing:
         parts.append(metrics[name])
     if model.pooler is not None:
         pair_B, right_B = _pair_scores(model, x_BTD, batch)
-        metrics |= {"pair_loss": Mean.of(pair_B, weight_B), "pair_accuracy": Mean.of(right_B, weight_B)}
+        pair_weight_B = weight_B * parallel.constrain(batch["pair_weights"], "BS")[:, 0]  # 0: a row that has no pair
+        metrics |= {"pair_loss": Mean.of(pair_B, pair_weight_B), "pair_accuracy": Mean.of(right_B, pair_weight_B)}
         parts.append(metrics["pair_loss"])
     objective = Mean(sum(part.total for part in parts), metrics["loss"].weight)
     return {"objective": objective} | metrics

@@ -17,7 +17,8 @@ from lm_jax.config import ConfigError, MeshConfig
 
 AXES = ("replica", "data", "fsdp", "expert", "sequence", "model")  # slowest network first
 WEIGHTS = dict(D="fsdp", V="model", F="model", N="model", K="model", E="expert")  # letters not listed: replicated
-ACTIVATIONS = dict(B=("replica", "data", "fsdp"), T="sequence", V="model", F="model", N="model", K="model", E="expert")
+# Rows are split over the expert axis too: no device does another's work, and a table of experts is gathered for its use.
+ACTIVATIONS = dict(B=("replica", "data", "fsdp", "expert"), T="sequence", V="model", F="model", N="model", K="model")
 
 
 def start():

@@ -10,7 +10,7 @@ from lm_jax import parallel
 from lm_jax.batch import Batch
 from lm_jax.config import TransformerConfig
 from lm_jax.models import positions
-from lm_jax.models.layers import Einsum, Norm, constant, dropout, normal, residual_gain, width_ratio
+from lm_jax.models.layers import Einsum, Norm, constant, dropout, normal, residual_gain
 
 MASKED = -1e30  # finite, so that a row which sees nothing gives numbers that nobody reads rather than NaN
 
@@ -144,10 +144,8 @@ def alibi(cfg: TransformerConfig, query: Layout, key: Layout):
 
 
 def attention_scale(cfg: TransformerConfig) -> float:
-    """1/sqrt(H) unless set; in muP a head that grows with the width is scaled by 1/H from the base's on (Yang et al. 2022)."""
-    size = cfg.sizes["H"]
-    grown = 1.0 if cfg.head_size else width_ratio(cfg)
-    return cfg.attention_scale or (size * grown) ** -0.5
+    """1/sqrt(H) unless set; in muP too, where the number of heads grows and not their size."""
+    return cfg.attention_scale or cfg.sizes["H"] ** -0.5
 
 
 def _distance(query: Layout, key: Layout):
