@@ -143,7 +143,8 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)
         cause = " ".join(str(error).split())[-200:]  # orbax names the system's error last
         self._error = CheckpointError(f"checkpoint {step} was not saved in {self.folder}, where {free:.0f} MiB were "
-                                      f"free. Those before it are intact. {type(error).__name__}: ...{cause}")
+                                      "free. Those before it are intact, and a restart goes on from them. "
+                                      f"{type(error).__name__}: ...{cause}")
         self._error.__cause__ = error
 
     def _agreed_step(self) -> int | None:

@@ -13,6 +13,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import sys
 import typing
@@ -42,6 +43,7 @@ class DataError(ConfigError):
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: a disk, a quota, a limit of the shell
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)  # no file can be made there
 
 
 @dataclass(frozen=True)
@@ -298,6 +300,11 @@ def run(main):
         if e.errno not in FULL:
             raise
         message, code = f"{e}: make room, and run the same command to go on from what was saved", 74
+    except RuntimeError as e:  # as JAX raises it
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        cure = "lower train.batch or data.length, raise train.microbatches, or set model.remat='full'"
+        message, code = f"{str(e).splitlines()[0][:200]}: {cure}", 2
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -323,6 +330,8 @@ def _build(cls, values: dict, prefix: str, problems: list[str]):
         value = _tuples(value) if hint is tuple and isinstance(value, (list, tuple)) else value
         if type(value) is not hint:
             problems.append(f"{prefix}{key}={value!r}: wanted {hint.__name__}, got {type(value).__name__}")
+        elif hint is float and not math.isfinite(value):
+            problems.append(f"{prefix}{key}={value!r}: wanted a finite number")
         kept[key] = value
     return cls(**kept)
 
@@ -371,7 +380,8 @@ def _impossible(c: Config):
         yield f"model.rope.factor={m.rope.factor} with model.rope.scaling='none': name a scaling, or leave the factor at 1"
     if m.positions == "rope" and not 0 < m.rope.fraction <= 1:
         yield f"model.rope.fraction={m.rope.fraction}: above 0 and at most 1"
-    for key in ("model.window", "model.moe.experts", "model.moe.shared", "model.encoder_depth", "train.eval_rows"):
+    for key in ("model.window", "model.moe.experts", "model.moe.shared", "model.encoder_depth", "train.eval_rows",
+                "optim.warmup", "optim.weight_decay", "optim.clip", "optim.spike", "train.z_loss"):
         if _get(c, key) < 0:
             yield f"{key}={_get(c, key)}: 0 or above"
     if m.base_width and not m.head_size:

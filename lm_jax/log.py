@@ -87,7 +87,11 @@ class Log:
         if self._quiet:
             return False
         row = plain(row)
-        self._file.write(json.dumps(row) + "\n")  # one write a row: a kill can cut the last one only
+        try:
+            self._file.write(json.dumps(row) + "\n")  # one write a row: a kill can cut the last one only
+        except OSError as e:
+            e.filename = self._file.name
+            raise
         for logger in self._loggers:
             logger.write(row["step"], {prefix + key: value for key, value in row.items()
                                        if isinstance(value, (int, float)) and key != "step"})

@@ -7,6 +7,7 @@ manifest.json, metrics.jsonl, checkpoints/, plots/loss.png and summary.json. Exi
 74 no room on a disk, 75 stopped by a signal and saved, 77 data are damaged, 78 diverged, 79 no checkpoint is intact.
 """
 
+import math
 import time
 
 import jax
@@ -38,6 +39,8 @@ def main(argv):
     if status == "ok":
         results = evaluation(trainer.evaluated(run.state), 0)
         pretrain.record(run, results)
+        if not all(math.isfinite(values["val_loss"]) for values in results.values()):
+            status = "diverged"
     run.log.close()
     summary = report.summary(recipe, run, status, results, time.time() - begun)
     if status == "ok":

@@ -10,7 +10,7 @@ import os
 import socket
 from pathlib import Path
 
-from lm_jax.config import ConfigError, difference
+from lm_jax.config import REFUSED, ConfigError, difference
 
 
 class Workdir:
@@ -40,7 +40,9 @@ class Workdir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim()
-        except (PermissionError, FileExistsError, NotADirectoryError) as e:
+        except OSError as e:
+            if e.errno not in REFUSED:
+                raise
             raise ConfigError(f"--workdir={self.path} cannot be used: {e}. Pass a folder that takes files") from e
         recorded = self.read_json("config.json")
         if recorded is None or not self._begun():
@@ -140,8 +142,10 @@ def replace(path: Path, chunks):
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as e:
         temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            e.filename = str(path)  # where the system names none, as on a full disk
         raise
 
 

@@ -195,7 +195,7 @@ def test_a_shard_that_is_not_the_manifests_is_refused(corpus):
 def test_no_text_is_an_error(corpus):
     for path in corpus.iterdir():
         path.write_text(" \n")
-    with pytest.raises(ConfigError, match="no document with text.*'empty': 40"):
+    with pytest.raises(ConfigError, match="no document with text .40 of white space only"):
         prepare(settings(corpus), say=quiet)
     with pytest.raises(ConfigError):
         prepare(settings(corpus, sources=f"text:{corpus}/*.md"), say=quiet)

@@ -177,6 +177,7 @@ COMMANDS = (  # exit code, what is said, arguments
     (2, "as in --config.train.steps=100", ["--config=small.py", "300"]),
     (2, 'Did you mean "heads" instead of "haeds"', ["--config=small.py", "--config.model.haeds=2"]),
     (2, "int", ["--config=small.py", "--config.train.steps=many"]),
+    (2, "optim.lr=nan: wanted a finite number", ["--config=small.py", "--config.optim.lr=nan"]),
     (2, "make it a multiple, or set model.head_size", ["--config=small.py", "--config.model.heads=3"]),
 )
 
@@ -201,7 +202,7 @@ def test_what_cannot_run_is_refused_in_a_line_that_names_the_cure(home, whole):
         ("matches no file", ["--config.data.sources=text:nosuch/*.txt"], 1),
         ("optim.lr: 0.003 -> 0.001", ["--workdir=whole", "--config.optim.lr=0.001"], 1),
         (f"in use by process {os.getpid()}", ["--workdir=held"], 1),
-        ("use a multiple of 8", ["--config.train.batch=12"], 8),
+        ("use a multiple of 8", ["--workdir=uneven", "--config.train.batch=12"], 8),
     )
     processes = [start(home, *argv, devices=devices) for _, argv, devices in cases]
     for (said, argv, _), process in zip(cases, processes):
@@ -209,7 +210,7 @@ def test_what_cannot_run_is_refused_in_a_line_that_names_the_cure(home, whole):
         assert done.returncode == 2 and said in done.stderr, (argv, done.stderr)
         assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 3, (argv, done.stderr)
     holder.close()
-    assert not list(home.glob("runs/*/metrics.jsonl")), "nothing has begun"
+    assert not list(home.glob("runs/*/metrics.jsonl")) and not (home / "uneven" / "metrics.jsonl").exists()
     mended = finished(start(home, "--config.train.steps=1"))
     assert mended.returncode == 0, "what was refused before its first step has not bound the folder"
 

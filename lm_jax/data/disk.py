@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm_jax.config import FULL, ConfigError
+from lm_jax.config import FULL, REFUSED, ConfigError
 
 
 class NpyWriter:
@@ -87,9 +87,10 @@ def explained(root):
     """A full disk, quota or file-size limit, or a place that takes no files, as a ConfigError that says what to do."""
     try:
         yield
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(f"data.root={str(root)!r} cannot be used: {error}. Choose a folder that takes files") from error
     except OSError as error:
+        if error.errno in REFUSED:
+            raise ConfigError(f"data.root={str(root)!r} cannot be used: {error}. Choose a folder that takes "
+                              "files") from error
         if error.errno not in FULL:
             raise
         free = shutil.disk_usage(root).free / 1e6

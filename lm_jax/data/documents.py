@@ -131,7 +131,8 @@ def _split(folder, tag, spec, data, say):
         for part in (*parts.values(), dropped):
             part.close()
         if not report["documents"]:
-            raise ConfigError(f"data.sources: {spec} has no document with text: {dict(report) or 'it is empty'}")
+            raise ConfigError(f"data.sources: {spec} has no document with text ({report['empty']:,} of white space "
+                              f"only, {report['invalid_utf8']:,} not UTF-8): is it the right source?")
         if all(part.docs for part in parts.values()):
             return parts, dropped, report
         halve = report["documents"] == 1

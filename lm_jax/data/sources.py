@@ -123,9 +123,9 @@ def jsonl(argument: str) -> Iterator[Raw]:
             try:
                 row = json.loads(line.decode(errors="surrogateescape"))  # bad bytes come back from _bytes as they were
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{place} is not JSON: {error}") from error
+                raise DataError(f"{place} is not JSON ({error}): mend the line or take it out") from error
             if not isinstance(row, dict):
-                raise DataError(f"{place} is {type(row).__name__}, not a JSON object")
+                raise DataError(f"{place} is {type(row).__name__}, not a JSON object: mend the line or take it out")
             id, lang = row.get("id"), row.get("lang")
             id = f"{_id(path, root)}:{number}" if id is None else _printable(str(id))
             yield id, _bytes(_value(row, field, place), place), lang if isinstance(lang, str) else "", {}

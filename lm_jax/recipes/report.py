@@ -66,9 +66,9 @@ def sampled(recipe: Pretraining, model) -> str:
     """What the model makes of a held-out text: how it goes on, what it puts in the gaps."""
     data, tokenizer = recipe.config.data, recipe.store.tokenizer
     batch = next(validation(recipe.store, data, recipe.store.tags[0], batch=2, rows=1))
-    if recipe.config.model.encoder_depth:
-        return _restored(model, batch, tokenizer)
-    return _continued(model, batch, tokenizer) if recipe.config.model.causal else _filled(model, batch, tokenizer)
+    show = _restored if recipe.config.model.encoder_depth else _continued if recipe.config.model.causal else _filled
+    text = show(model, batch, tokenizer)
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)  # terminals obey some
 
 
 def closing(summary: dict, workdir, argv: list[str]) -> str:
