@@ -276,6 +276,8 @@ def parse(argv: list[str], *, doc: str, **more) -> tuple[Config, flags.FlagValue
         raise ConfigError(f"unexpected argument {rest[0]!r}: flags start with --, as in --config.train.steps=100")
     if chosen is None:
         raise ConfigError("which config? Pass --config=configs/tiny.py")
+    if not isinstance(chosen, ml_collections.ConfigDict):
+        raise ConfigError(f"get_config() returned {type(chosen).__name__}: let it start from lm_jax.config.default()")
     config = resolve(chosen)
     if values.print_config:
         print(json.dumps(to_dict(config), indent=2))
@@ -413,8 +415,10 @@ def _explain(error: Exception, argv: list[str]) -> str:
     for path in (a.split("=", 1)[1].split(":")[0] for a in argv if a.startswith("--config=")):
         if not os.path.exists(path):
             return f"no config file {path!r}: there are {', '.join(sorted(glob.glob('configs/*.py'))) or 'none in configs/'}"
-    message = str(error.args[0] if error.args else error)
+    message = str(error.args[0] if error.args and not isinstance(error, SyntaxError) else error)
     with contextlib.suppress(ValueError, SyntaxError):
         message = str(ast.literal_eval(message))  # ml_collections quotes what a KeyError has quoted
+    if "Traceback" in message:  # of the config file, whose last line says it all
+        message = message.strip().splitlines()[-1]
     message = " ".join(message.split())
     return f"{message} (in {' '.join(argv[1:])})"

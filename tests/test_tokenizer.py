@@ -93,7 +93,7 @@ def test_a_saved_tokenizer_is_the_same_when_loaded_and_a_changed_one_is_refused(
     (file,) = (tmp_path / "t").glob("tokenizer.*")
     other = tokenizer.make("bpe", corpus(), vocab=600) if kind != "bpe" else made("unigram")
     file.write_bytes(other._file)
-    with pytest.raises(ConfigError, match="prepare the data again"):
+    with pytest.raises(ConfigError, match="build it again"):
         tokenizer.load(tmp_path / "t")
     file.unlink()
     with pytest.raises(ConfigError, match="no whole tokenizer"):

@@ -53,7 +53,11 @@ def make(kind: str, texts: Iterable[str], *, vocab: int, seed: int = 0) -> Token
         raise ConfigError(f"data.tokenizer={kind!r}: no such file; else bpe, unigram or byte")
     backend = HuggingFace if kind.endswith(".json") else Pieces
     with open(kind, "rb") as file:
-        return backend(file.read())
+        data = file.read()
+    try:
+        return backend(data)
+    except ConfigError as error:
+        raise ConfigError(f"{kind}: {error}") from error
 
 
 def load(folder: str) -> Tokenizer:
@@ -64,9 +68,11 @@ def load(folder: str) -> Tokenizer:
         with open(os.path.join(folder, saved["file"]), "rb") as file:
             tokenizer = BACKENDS[saved["backend"]](file.read())
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"no whole tokenizer in {folder}: {error}; prepare the data again") from error
+        raise DataError(f"no whole tokenizer in {folder}: {error}; delete the store's manifest.json to build it "
+                        "again") from error
     if tokenizer.digest != saved["digest"]:
-        raise DataError(f"the tokenizer in {folder} is not the one saved there: prepare the data again")
+        raise DataError(f"the tokenizer in {folder} is not the one saved there: delete the store's manifest.json to build "
+                        "it again")
     return tokenizer
 
 
