@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 
 from lm_jax import seal
-from lm_jax.config import ConfigError, Failure
+from lm_jax.errors import ConfigError, Failure
 
 NONE, BAD = -1, -2  # what process 0 tells the others in place of a step
 

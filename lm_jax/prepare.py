@@ -9,7 +9,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from lm_jax import config
+from lm_jax import config, errors
 from lm_jax.data import store
 
 
@@ -56,4 +56,4 @@ def _table(title, first, *numbers):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    errors.run(main)

@@ -12,7 +12,7 @@ import time
 
 import jax
 
-from lm_jax import config, parallel, plots, trainer
+from lm_jax import config, errors, parallel, plots, trainer
 from lm_jax.data import store
 from lm_jax.recipes import pretrain, report
 from lm_jax.workdir import Workdir
@@ -26,31 +26,29 @@ def main(argv):
     mesh = parallel.use(c.mesh)
     workdir = Workdir(values.workdir, writes=jax.process_index() == 0)
     workdir.open(config.to_dict(c))
+    parallel.rows_divide(c.train.batch, c.train.microbatches)
     begun = time.time()
 
     recipe = pretrain.Pretraining(c, store.prepare(c.data))
     evaluation = pretrain.Evaluation(recipe)
-    run = trainer.Trainer(c, recipe.model(), recipe.recipe((pretrain.evaluate_every(c, evaluation),)), workdir)
-    workdir.write_json("manifest.json", report.manifest(recipe, mesh))
-    run.log.say(report.headline(recipe, mesh))
-
-    status = run.fit()
-    results = {}
-    if status == "ok":
-        results = evaluation(trainer.evaluated(run.state), 0)
-        pretrain.record(run, results)
-        if not all(math.isfinite(values["val_loss"]) for values in results.values()):
-            status = "diverged"
-    run.log.close()
-    summary = report.summary(recipe, run, status, results, time.time() - begun)
-    if status == "ok":
-        summary |= report.xz(recipe)
-        print(report.sampled(recipe, trainer.evaluated(run.state)))
-    plots.loss_curve(workdir)
-    workdir.write_json("summary.json", summary)
-    print(report.closing(summary, workdir, argv))
+    plan = recipe.recipe((pretrain.evaluate_every(c, evaluation),))
+    with trainer.Trainer(c, recipe.model(), plan, workdir) as run:
+        workdir.write_json("manifest.json", report.manifest(recipe, mesh, workdir.read_json("manifest.json")))
+        run.log.say(report.headline(recipe, mesh))
+        status, results = run.fit(), {}
+        if status == "ok":
+            results = evaluation(trainer.evaluated(run.state), 0)
+            pretrain.record(run, results)
+            if not all(math.isfinite(values["val_loss"]) for values in results.values()):
+                status = "diverged"
+    sample = report.sampled(recipe, trainer.evaluated(run.state)) if status == "ok" else ""
+    if workdir.writes:
+        summary = report.summary(recipe, run, status, results, time.time() - begun)
+        workdir.write_json("summary.json", summary)
+        plots.loss_curve(workdir)
+        print(f"{sample}\n\n{report.closing(summary, workdir, argv)}".strip())
     return EXIT[status]
 
 
 if __name__ == "__main__":
-    config.run(main)
+    errors.run(main)

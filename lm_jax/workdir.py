@@ -10,7 +10,13 @@ import os
 import socket
 from pathlib import Path
 
-from lm_jax.config import REFUSED, ConfigError, difference
+from lm_jax.config import difference
+from lm_jax.errors import REFUSED, ConfigError
+
+
+# Keys that may change while a run goes on: where and how it computes and what it records, not what it learns.
+FREE = ("mesh.", "data.root:", "model.remat:", "train.microbatches:", "train.log_every:", "train.eval_every:",
+        "train.eval_rows:", "train.checkpoint_every:", "train.keep:", "train.loggers:", "train.profile:")
 
 
 class Workdir:
@@ -47,10 +53,15 @@ class Workdir:
         recorded = self.read_json("config.json")
         if recorded is None or not self._begun():
             self.write_json("config.json", config)
-        elif changed := difference(recorded, json.loads(json.dumps(config))):
+            return
+        lines = difference(recorded, json.loads(json.dumps(config)))
+        if changed := [line for line in lines if not line.startswith(FREE)]:
             self.close()
             raise ConfigError(f"{self.path} belongs to a run with another config: pass another --workdir, or the "
                               "config that it was started with\n  " + "\n  ".join(changed))
+        if lines:
+            self.write_json("config.json", config)
+            print("goes on with other settings:\n  " + "\n  ".join(lines))
 
     def close(self):
         """Let go of the folder."""

@@ -145,12 +145,12 @@ def test_a_command_line_that_is_wrong_is_a_config_error(argv, said, monkeypatch)
 def test_a_program_ends_with_code_2_and_one_message_before_any_device():
     program = """
 import sys
-from lm_jax import config
+from lm_jax import config, errors
 def main(argv):
     config.parse(argv, doc="Trains.")
     return 0
 try:
-    config.run(main)
+    errors.run(main)
 finally:
     assert "jax" not in sys.modules, "a device may have been touched"
 """

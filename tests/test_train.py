@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax import config, seal, train
+from lm_jax import errors, seal, train
 from lm_jax.checkpoint import Checkpoints
 from lm_jax.workdir import Workdir
 
@@ -187,7 +187,7 @@ def test_a_command_that_cannot_be_run_is_answered_at_once(home, monkeypatch, cap
     monkeypatch.chdir(home)
     monkeypatch.setattr(sys, "argv", ["train", *argv])
     with pytest.raises(SystemExit) as end:
-        config.run(train.main)
+        errors.run(train.main)
     out, err = capsys.readouterr()
     assert end.value.code == code and said in (err if code else out)
     assert not code or err.startswith("error: ") and len(err.splitlines()) <= 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm_jax.config import FULL, REFUSED, ConfigError
+from lm_jax.errors import FULL, REFUSED, ConfigError
 
 
 class NpyWriter:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from types import NoneType
 from typing import NamedTuple
 
-from lm_jax.config import ConfigError, DataError
 from lm_jax.data import synthetic
+from lm_jax.errors import ConfigError, DataError
 
 
 class Document(NamedTuple):

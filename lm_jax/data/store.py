@@ -23,9 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from lm_jax import config
-from lm_jax.config import DataConfig, DataError
+from lm_jax.config import DataConfig
 from lm_jax.data import build, disk, documents, sources
 from lm_jax.data import tokenizer as tokenizers
+from lm_jax.errors import DataError
 
 FORMAT = 2  # raise it when the stages write something else: older stores are then left alone
 

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
-from lm_jax.config import ConfigError, DataError
 from lm_jax.data.tokenizer_backends import BACKENDS, NAMES, Bytes, HuggingFace, Pieces
+from lm_jax.errors import ConfigError, DataError
 
 
 class Tokenizer(Protocol):

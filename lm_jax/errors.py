@@ -1,0 +1,51 @@
+"""How a program ends when something other than its code is wrong: errors with a message for people and an exit code."""
+
+import errno
+import sys
+
+
+def run(main):
+    """Call `main(argv)` as a program: what a user can cure is one readable message and an exit code, never a traceback.
+
+    Codes are an interface: 0 done, 2 the config cannot run, 74 no room on a disk, 75 stopped and saved, 77 data are
+    damaged, 78 diverged, 79 no intact checkpoint, 130 interrupted. What is left, a bug, is a traceback and 1.
+    """
+    try:
+        sys.exit(main(sys.argv))
+    except Failure as e:
+        message, code = str(e), e.code
+    except KeyboardInterrupt:
+        message, code = "interrupted; the same command goes on from what was saved", 130
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        message, code = f"{e}: make room, and run the same command to go on from what was saved", 74
+    except RuntimeError as e:  # as JAX raises it
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        cure = "lower train.batch or data.length, raise train.microbatches, or set model.remat='full'"
+        message, code = f"{str(e).splitlines()[0][:200]}: {cure}", 2
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+class Failure(Exception):
+    """An end that is no bug: the message names what is wrong and the cure, `run` prints it and exits with `code`."""
+
+    code = 1
+
+
+class ConfigError(Failure, ValueError):
+    """A configuration that cannot run; the message names the key and the cure. Retrying cannot help."""
+
+    code = 2
+
+
+class DataError(ConfigError):
+    """Files that are damaged, or are not what was written; the message names the file."""
+
+    code = 77
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: a disk, a quota, a limit of the shell
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)  # no file can be made there
