@@ -1,4 +1,4 @@
-"""GPT-2 small's shape on 2.5B tokens, 20 a parameter: a first serious run, two hours on one large GPU."""
+"""GPT-2 small's shape on 2.5B tokens, 20 a parameter: a first serious run."""
 
 from lm_jax import config
 from lm_jax.models import zoo
@@ -17,7 +17,7 @@ def get_config():
     c.optim.warmup = 250
     c.train.steps = 4_800
     c.train.batch = 512  # half a million tokens a step
-    c.train.microbatches = 8  # 64 rows at a time fit 80 GB; more devices need fewer parts
+    c.train.microbatches = 8  # 64 rows at a time; more memory or more devices need fewer parts
     c.train.z_loss = 1e-4  # keeps bfloat16 logits from drifting (PaLM)
     c.train.log_every = 10
     c.train.eval_rows = 2_048

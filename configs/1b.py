@@ -1,4 +1,4 @@
-"""1.1B parameters on 23B tokens, 20 a parameter: six hours on 32 TPU v5p chips at half of their peak."""
+"""1.1B parameters on 23B tokens, 20 a parameter, for a slice of TPUs or a node of GPUs."""
 
 from lm_jax import config
 from lm_jax.models import zoo
@@ -17,7 +17,7 @@ def get_config():
     c.data.length = 2048
     c.data.validation = 0.0005
     c.optim.lr = 1e-3
-    c.optim.schedule = "wsd"  # a longer run can go on from before the cool-down
+    c.optim.schedule = "wsd"  # at the peak until the last fifth of the steps, which cools down
     c.optim.warmup = 1_000
     c.optim.spike = 6.0
     c.train.steps = 11_000

@@ -1,4 +1,4 @@
-"""Llama 3 8B's shape on 160B tokens, 20 a parameter, in a staged mixture: two days on 256 TPU v5p chips."""
+"""Llama 3 8B's shape on 160B tokens, 20 a parameter, in a staged mixture, for some 256 accelerators."""
 
 from lm_jax import config
 from lm_jax.models import zoo

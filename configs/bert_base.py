@@ -1,4 +1,6 @@
-"""BERT base, as published, with both of its objectives, at the full length from the start."""
+"""BERT base, as published, with both of its objectives, at the full length from the start.
+
+The `tfds:` set must already lie prepared in $TFDS_DATA_DIR: making it needs TensorFlow or Beam."""
 
 from lm_jax import config
 from lm_jax.models import zoo

@@ -1,4 +1,6 @@
-"""T5 base, as published: span corruption on C4 with Adafactor and an inverse square root schedule."""
+"""T5 base, as published: span corruption on C4 with Adafactor and an inverse square root schedule.
+
+The `tfds:` set must already lie prepared in $TFDS_DATA_DIR: making it needs TensorFlow or Beam."""
 
 from lm_jax import config
 from lm_jax.models import zoo

@@ -9,12 +9,12 @@ def get_config():
     c.name = "tiny"
     c.model.update(zoo.ladder(depth=3))  # 1.3M parameters and a table
     c.model.dtype = "float32"  # CPUs compute bfloat16 in slow motion
-    c.data.vocab = 4096  # half of the default: the head is most of so small a model
+    c.data.vocab = 4096  # half of the default, whose table would outweigh the rest
     c.data.length = 256
     c.optim.lr = 4e-3
     c.optim.warmup = 40
     c.train.steps = 400
-    c.train.batch = 8  # many small steps: 2048 tokens each, under half a second on two cores
+    c.train.batch = 8  # many small steps, of 2048 tokens each
     c.train.eval_every = 100
     c.train.eval_rows = 64
     c.train.checkpoint_every = 100

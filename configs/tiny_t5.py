@@ -1,4 +1,4 @@
-"""An encoder-decoder that restores corrupted spans of the standard library: T5's objective on a laptop, in ten minutes."""
+"""An encoder-decoder that restores corrupted spans of the standard library: T5's objective on a laptop."""
 
 from lm_jax import config
 from lm_jax.models import zoo

@@ -1,4 +1,6 @@
-"""T5 v1.1 base on UL2's mixture of short spans, long spans and prefixes told by a mode token (Tay et al. 2022)."""
+"""T5 v1.1 base on UL2's mixture of short spans, long spans and prefixes told by a mode token (Tay et al. 2022).
+
+The `tfds:` set must already lie prepared in $TFDS_DATA_DIR: making it needs TensorFlow or Beam."""
 
 from lm_jax import config
 from lm_jax.models import zoo
