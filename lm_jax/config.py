@@ -22,6 +22,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from lm_jax import checks
 from lm_jax.errors import ConfigError
 
 
@@ -94,7 +95,7 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    sources: str = "stdlib"  # specs separated by ';' (stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#column, tfds:NAME, markov: ...)
+    sources: str = "stdlib"  # with ';' between: text:GLOB, jsonl:GLOB#field, parquet:GLOB#column, tfds:NAME, markov:..
     weights: tuple = ()  # a number per source, or a row (start fraction, number per source) per stage; () is by size
     epochs: tuple = ()  # most passes over a source: (4.0,) for all, or a number per source; 0 or () is no cap
     root: str = "data"  # folder of the prepared stores
@@ -172,7 +173,7 @@ CHOICES = {
     "model.rope.scaling": ("none", "linear", "ntk", "dynamic", "yarn", "llama3"),
     "model.table_scale": ("none", "in", "out"),
     "model.head": ("lm", "mlm", "bert"),
-    "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
     "data.strategy": ("concat", "fit"),
     "data.objective": ("causal", "prefix", "masked", "masked_pairs", "span", "ul2"),
@@ -192,10 +193,9 @@ def resolve(c: ml_collections.ConfigDict) -> Config:
     problems: list[str] = []
     config = _build(Config, c.to_dict(), "", problems)
     if not problems:
-        problems = [f"{key}={_get(config, key)!r}: choose one of {', '.join(choices)}"
-                    for key, choices in CHOICES.items() if _get(config, key) not in choices]
-    if not problems:
-        problems = list(_impossible(config))
+        problems = [f"{key}={value!r}: choose one of {', '.join(choices)}" for key, choices in CHOICES.items()
+                    if (value := checks.value(config, key)) not in choices]
+    problems = problems or list(checks.impossible(config))
     if problems:
         raise ConfigError("this config cannot run:\n  " + "\n  ".join(problems))
     return config
@@ -258,6 +258,8 @@ def parse(argv: list[str], *, doc: str, **more) -> tuple[Config, flags.FlagValue
     if not isinstance(chosen, ml_collections.ConfigDict):
         raise ConfigError(f"get_config() returned {type(chosen).__name__}: let it start from lm_jax.config.default()")
     config = resolve(chosen)
+    for problem in checks.packages(config.train.loggers):
+        raise ConfigError(problem)
     if values.print_config:
         print(json.dumps(to_dict(config), indent=2))
         sys.exit(0)
@@ -292,74 +294,6 @@ def _build(cls, values: dict, prefix: str, problems: list[str]):
     return cls(**kept)
 
 
-def _impossible(c: Config):
-    """Yield combinations that cannot run, each with its cure."""
-    m, d, o, t = c.model, c.data, c.optim, c.train
-    for key, low in (("model.width", 1), ("model.depth", 1), ("model.heads", 1), ("data.length", 2), ("train.batch", 1),
-                     ("train.steps", 1), ("train.microbatches", 1), ("train.log_every", 1), ("train.keep", 1),
-                     ("train.eval_every", 1), ("train.checkpoint_every", 1), ("model.max_length", 1)):
-        if _get(c, key) < low:
-            yield f"{key}={_get(c, key)}: at least {low}"
-    for key in ("data.noise", "data.validation", "optim.decay", "optim.floor", "train.smoothing"):
-        if not 0 <= _get(c, key) <= 1:
-            yield f"{key}={_get(c, key)}: a share between 0 and 1"
-    for key in ("model.dropout", "optim.ema"):
-        if not 0 <= _get(c, key) < 1:
-            yield f"{key}={_get(c, key)}: at least 0 and below 1"
-    if m.heads > 0 and m.width % m.heads and not m.head_size:
-        yield f"model.width={m.width} over model.heads={m.heads}: make it a multiple, or set model.head_size"
-    if m.kv_heads and m.heads % m.kv_heads:
-        yield f"model.heads={m.heads} over model.kv_heads={m.kv_heads}: make it a multiple"
-    if m.positions == "sinusoidal" and m.width % 2:
-        yield f"model.width={m.width} with model.positions='sinusoidal': sines and cosines want an even width"
-    if m.positions == "learned" and d.length > m.max_length:
-        yield f"data.length={d.length} is longer than model.max_length={m.max_length} learned positions: raise the latter"
-    if not m.window_pattern or set(m.window_pattern) - set("SF"):
-        yield f"model.window_pattern={m.window_pattern!r}: letters S (sliding) and F (full)"
-    if m.moe.experts and not 1 <= m.moe.top_k <= m.moe.experts:
-        yield f"model.moe.top_k={m.moe.top_k}: between 1 and model.moe.experts={m.moe.experts}"
-    if m.encoder_depth and not m.causal:
-        yield "model.encoder_depth > 0 with model.causal=False: the decoder of an encoder-decoder is causal"
-    if d.objective in ("masked", "masked_pairs") and (m.causal or m.encoder_depth):
-        yield f"data.objective={d.objective!r} wants an encoder: model.causal=False and model.encoder_depth=0"
-    if d.objective in ("causal", "prefix") and (not m.causal or m.encoder_depth):
-        yield f"data.objective={d.objective!r} wants a decoder: model.causal=True and model.encoder_depth=0"
-    if d.objective in ("span", "ul2") and not m.encoder_depth:
-        yield f"data.objective={d.objective!r} wants an encoder and a decoder: model.encoder_depth > 0"
-    if d.objective in ("span", "ul2", "masked_pairs") and d.strategy != "concat":
-        yield f"data.strategy={d.strategy!r} with data.objective={d.objective!r}: rows are filled exactly, use 'concat'"
-    if (m.head == "bert") != (d.objective == "masked_pairs"):
-        yield f"model.head={m.head!r} with data.objective={d.objective!r}: the 'bert' head and 'masked_pairs' go together"
-    if d.objective == "masked_pairs" and m.types < 2:
-        yield f"model.types={m.types} with data.objective='masked_pairs': sentence A and B need model.types=2"
-    if m.rope.factor != 1 and m.rope.scaling == "none":
-        yield f"model.rope.factor={m.rope.factor} with model.rope.scaling='none': name a scaling, or leave the factor at 1"
-    if m.positions == "rope" and not 0 < m.rope.fraction <= 1:
-        yield f"model.rope.fraction={m.rope.fraction}: above 0 and at most 1"
-    for key in ("model.window", "model.moe.experts", "model.moe.shared", "model.encoder_depth", "train.eval_rows",
-                "optim.warmup", "optim.weight_decay", "optim.clip", "optim.spike", "train.z_loss"):
-        if _get(c, key) < 0:
-            yield f"{key}={_get(c, key)}: 0 or above"
-    if m.base_width and not m.head_size:
-        yield "model.base_width (muP) with model.head_size=0: name the size, which stays while the number of heads grows"
-    if m.base_width and m.norm_place == "post":
-        yield "model.base_width (muP) with model.norm_place='post': muP wants 'pre' or 'sandwich'"
-    if len(o.betas) != 2:
-        yield f"optim.betas={o.betas!r}: two numbers"
-    if o.lr <= 0:
-        yield f"optim.lr={o.lr}: above 0"
-    if t.batch % max(t.microbatches, 1):
-        yield f"train.batch={t.batch} in train.microbatches={t.microbatches}: make it a multiple"
-    if set(filter(None, t.loggers.split(","))) - {"tensorboard", "wandb"}:
-        yield f"train.loggers={t.loggers!r}: 'tensorboard', 'wandb' or 'tensorboard,wandb'"
-
-
-def _get(config, key: str):
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config
-
-
 def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
@@ -368,7 +302,8 @@ def _explain(error: Exception, argv: list[str]) -> str:
     """One line for what a flag parser or a config file raised."""
     for path in (a.split("=", 1)[1].split(":")[0] for a in argv if a.startswith("--config=")):
         if not os.path.exists(path):
-            return f"no config file {path!r}: there are {', '.join(sorted(glob.glob('configs/*.py'))) or 'none in configs/'}"
+            there = ", ".join(sorted(glob.glob("configs/*.py"))) or "none in configs/"
+            return f"no config file {path!r}: there are {there}"
     message = str(error.args[0] if error.args and not isinstance(error, SyntaxError) else error)
     with contextlib.suppress(ValueError, SyntaxError):
         message = str(ast.literal_eval(message))  # ml_collections quotes what a KeyError has quoted

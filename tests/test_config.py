@@ -61,6 +61,9 @@ def test_everything_wrong_is_said_at_once():
     assert all(part in message for part in ("model.heads", "data.noise", "train.batch", "optim.lr"))
 
 
+TWO = dict(data__sources="stdlib; text:corpus/*.txt")
+
+
 @pytest.mark.parametrize("leaves, cure", [
     (dict(model__norm="batch"), "choose one of rms, layer, none"),
     (dict(model__width=250, model__heads=4), "model.head_size"),
@@ -78,12 +81,63 @@ def test_everything_wrong_is_said_at_once():
     (dict(model__base_width=64, model__norm_place="post"), "'pre' or 'sandwich'"),
     (dict(train__batch=10, train__microbatches=4), "multiple"),
     (dict(train__loggers="wandb,comet"), "tensorboard"),
+    (dict(mesh__data=0), "mesh.data=0: at least 1, or -1"),
+    (dict(mesh__data=-2), "mesh.data=-2: at least 1, or -1"),
+    (dict(mesh__data=-1), "mesh.data and mesh.fsdp are -1"),
     (dict(optim__betas=(0.9,)), "two numbers"),
+    (dict(optim__betas=(0.9, 1.0)), "two numbers"),
+    (dict(optim__betas=(0.9, "high")), "two numbers"),
+    (dict(optim__betas=((0.9, 0.95),)), "two numbers"),
+    (dict(name=""), "name=''"),
+    (dict(name="../run"), "without /"),
+    (dict(name=".."), "name a folder"),
+    (dict(seed=-1), "seed=-1: at least 0"),
+    (dict(data__span=0.0), "data.span=0.0: at least 1"),
+    (dict(data__sources=" ; "), "name one, such as stdlib"),
+    (dict(data__weights=(1.0, 2.0)), "each of the 1 sources"),
+    (dict(data__weights=(1.0, "all"), **TWO), "data.weights=(1.0, 'all'): a number for each"),
+    (dict(data__weights=(1.0, -1.0), **TWO), "a weight >= 0"),
+    (dict(data__weights=(0.0, 0.0), **TWO), "not all 0"),
+    (dict(data__weights=((0.0, 1.0, 1.0), (0.5, 1.0)), **TWO), "each of the 2 sources"),
+    (dict(data__weights=((0.0, 1.0, 1.0), 0.5), **TWO), "or rows (start fraction"),
+    (dict(data__weights=((0.1, 1.0, 1.0),), **TWO), "the first at 0"),
+    (dict(data__weights=((0.0, 1.0, 1.0), (0.5, 1.0, 0.0), (0.5, 0.0, 1.0)), **TWO), "rising"),
+    (dict(data__epochs=(1.0, 1.0, 1.0), **TWO), "each of 2 sources"),
+    (dict(data__epochs=(-1.0,)), "a number >= 0"),
+    (dict(data__epochs=("all",)), "a number >= 0"),
+    (dict(model__vocab=-1), "model.vocab=-1: at least 0"),
+    (dict(model__hidden=-1), "model.hidden=-1: at least 0"),
+    (dict(model__head_size=-16), "model.head_size=-16: at least 0"),
+    (dict(model__kv_heads=-1), "model.kv_heads=-1: at least 0"),
+    (dict(model__dtype="float16"), "choose one of float32, bfloat16"),
+    (dict(model__moe=dict(shared=1)), "model.moe.experts=0: set experts"),
+    (dict(model__base_depth=2), "switched on by model.base_width"),
+    (dict(model__window_pattern="SF"), "model.window=0: say how many"),
+    (dict(model__rope=dict(scaling="linear", factor=0.0)), "model.rope.factor=0.0: above 0"),
+    (dict(model__rope=dict(fraction=1.5)), "a share between 0 and 1"),
+    (dict(model__rope=dict(scaling="yarn", factor=2.0), model__positions="alibi"), "only 'rope' can be scaled"),
+    (dict(model__types=2), "set model.types=0"),
     (dict(model__dropout=1.0), "below 1"),
     (dict(optim__ema=1.0), "below 1"),
 ], ids=lambda value: None if isinstance(value, str) else "-".join(value))
 def test_an_impossible_combination_comes_with_its_cure(leaves, cure):
     assert cure in wrong(**leaves)
+
+
+def test_weights_and_caps_that_fit_their_sources_are_taken():
+    values = config.to_dict(config.Config())
+    values["data"] |= dict(sources="stdlib; text:corpus/*.txt;", weights=[[0, 1, 0], [0.5, 0, 3]], epochs=[0, 4])
+    assert config.from_dict(values).data.weights == ((0, 1, 0), (0.5, 0, 3))
+    values["data"] |= dict(weights=[1, 2.5], epochs=[4.0])
+    assert config.from_dict(values).data.epochs == (4.0,)
+
+
+def test_a_logger_without_its_package_stops_a_command_and_spoils_no_record(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"pip install 'lm_jax\[wandb\]'"):
+        parse(f"--config={ROOT}/configs/tiny.py", "--config.train.loggers=wandb")
+    run = config.to_dict(config.Config(train=config.TrainConfig(loggers="wandb")))
+    assert config.from_dict(run).train.loggers == "wandb", "where it is read, nothing is logged"
 
 
 def test_a_config_goes_through_json_and_back():

@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "lm_jax").rglob("*.py"))
 
 # From the bottom up. A module may import what is below it and the rest of its own package.
 LAYERS = (
-    ("errors",),
+    ("errors", "checks"),
     ("config",),
     ("parallel", "batch", "seal", "workdir"),
     ("data", "models"),
@@ -24,7 +24,7 @@ LAYERS = (
     ("prepare", "train", "plan", "sweep", "fit", "bench", "evaluate", "generate", "convert", "serve"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-LONGEST = {"lm_jax.config": 400}  # lines, where more than 300 are good; half of this one is the table of knobs
+LONGEST = {"lm_jax.config": 330}  # lines, where more than 300 are good; half of this one is the table of knobs
 AXES = {"replica", "fsdp"}  # the other axes' names are also words
 SHARDING = {"PartitionSpec", "AxisType", "make_mesh", "with_sharding_constraint"}
 
@@ -96,7 +96,7 @@ def test_the_module_that_breaks_protobuf_is_never_imported():
 
 def test_importing_does_nothing():
     """No flag, device or print; the data side loads neither JAX nor a tokenizer; nothing loads TensorFlow or torch."""
-    data = [name(path) for path in FILES if part(name(path)) in ("data", "config", "errors")]
+    data = [name(path) for path in FILES if part(name(path)) in ("data", "config", "checks", "errors")]
     rest = [name(path) for path in FILES if name(path) not in data]
     program = f"""
 import importlib, sys

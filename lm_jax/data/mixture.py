@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm_jax.config import ConfigError
+from lm_jax import checks
+from lm_jax.errors import ConfigError
 
 ONE = 1 << 24  # weights are integers in units of 1/ONE, so that counts are exact for 2^39 rows
 BLOCK, POOL = 32, 512  # rows read in one go; blocks that are shuffled together: the page cache holds one pool
@@ -39,8 +40,8 @@ def schedule(rows: list[int], weights: tuple, *, epochs: tuple, needed: int) -> 
             if not able.any():
                 raise ConfigError(
                     f"data.epochs={epochs} leaves no text after row {k:,} of the {needed:,} that train.steps x "
-                    f"train.batch needs: {len(rows)} sources have {sum(rows):,} rows, at most {caps[weight > 0].sum():,} with repeats. "
-                    "Raise data.epochs, add text, or train for fewer steps")
+                    f"train.batch needs: {len(rows)} sources have {sum(rows):,} rows, at most "
+                    f"{caps[weight > 0].sum():,} with repeats. Raise data.epochs, add text, or train for fewer steps")
             stretch = Stretch(k, spent, _shares(able))
             k = min(stop, k + _until(stretch, caps - spent, stop - k))
             stretches.append(stretch)
@@ -117,24 +118,20 @@ def _mix(x):
 
 def _caps(epochs, rows):
     """Most rows of each source."""
-    if len(epochs) not in (0, 1, len(rows)) or any(number < 0 for number in epochs):
-        raise ConfigError(f"data.epochs={epochs}: () for no cap, (4.0,) for all, or a number >= 0 for each of {len(rows)} sources")
+    for problem in checks.epochs(epochs, len(rows)):
+        raise ConfigError(problem)
     each = epochs * len(rows) if len(epochs) == 1 else epochs or (0,) * len(rows)
     return np.array([int(most * n) if most else np.iinfo(np.int64).max for most, n in zip(each, rows)])
 
 
 def _stages(weights, rows):
+    """[(start fraction, weight of each source)]."""
+    for problem in checks.weights(weights, len(rows)):
+        raise ConfigError(problem)
     if not weights:
         return [(0.0, np.array(rows, float))]
-    stages = [(row[0], np.array(row[1:], float)) for row in weights] if isinstance(weights[0], tuple) else [
-        (0.0, np.array(weights, float))]
-    starts = [start for start, _ in stages]
-    for _, weight in stages:
-        if len(weight) != len(rows) or (weight < 0).any() or not weight.any():
-            raise ConfigError(f"data.weights={weights!r}: a weight >= 0 for each of the {len(rows)} sources, not all 0")
-    if starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1:
-        raise ConfigError(f"data.weights={weights!r}: stages begin at rising fractions of the run, the first at 0")
-    return stages
+    stages = weights if isinstance(weights[0], tuple) else ((0.0, *weights),)
+    return [(stage[0], np.array(stage[1:], float)) for stage in stages]
 
 
 def _shares(weight):
