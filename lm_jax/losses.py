@@ -38,11 +38,19 @@ def next_token(model, batch: Batch, key=None, *, z_loss: float = 0.0, smoothing:
 
 
 def row_sums(model, batch: Batch) -> dict[str, jax.Array]:
-    """Sums over the rows of a batch that give the mean loss and its standard error: rows are the independent units."""
+    """Sums over the rows of a batch that give the mean loss and its standard error: rows are the independent units.
+
+    The batch says beside its usual keys how many `bytes` of text each target stands for.
+    """
     x_BTD, _, _ = model.hidden(batch)
     nll_BT, _, _, right_BT = token_scores(model, x_BTD, batch["targets"])
     nll_B, weight_B = (nll_BT * batch["weights"]).sum(1), batch["weights"].sum(1)
-    return {"nll": nll_B.sum(), "weight": weight_B.sum(), "right": (right_BT * batch["weights"]).sum(),
+    pairs = {}
+    if model.pooler is not None:
+        pair_B, pair_right_B = _pair_scores(model, x_BTD, batch)
+        real_B = parallel.constrain(batch["pair_weights"], "BS")[:, 0]
+        pairs = {"pair_nll": (pair_B * real_B).sum(), "pair_right": (pair_right_B * real_B).sum(), "pairs": real_B.sum()}
+    return pairs | {"bytes": (batch["bytes"] * batch["weights"]).sum(), "nll": nll_B.sum(), "weight": weight_B.sum(), "right": (right_BT * batch["weights"]).sum(),
             "nll2": jnp.square(nll_B).sum(), "nll_weight": (nll_B * weight_B).sum(), "weight2": jnp.square(weight_B).sum(),
             "rows": (weight_B > 0).sum()}
 

@@ -22,9 +22,9 @@ ACTIVATIONS = dict(B=("replica", "data", "fsdp", "expert"), T="sequence", V="mod
 
 
 def start():
-    """Set JAX up for a main: join the other hosts of a TPU slice, or those that JAX_COORDINATOR_ADDRESS leads; keep
-    compiled programs in ~/.cache/lm_jax unless JAX_COMPILATION_CACHE_DIR says where."""
-    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "JAX_COORDINATOR_ADDRESS" in os.environ:
+    """Set JAX up for a main: join the other hosts of a TPU slice; keep compiled programs in ~/.cache/lm_jax unless
+    JAX_COMPILATION_CACHE_DIR says where."""
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/lm_jax/xla"))

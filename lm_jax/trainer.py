@@ -101,7 +101,7 @@ class Trainer:
     def __init__(self, config: Config, model, recipe: Recipe, workdir, *, say=print):
         self.config, self.recipe, self.workdir = config, recipe, workdir
         c = config.train
-        tx = optim.make(config.optim, c.steps, kinds(model))
+        tx = optim.make(config.optim, c.steps, kinds(model, recipe.trainable))
         rate = optim.schedule(config.optim, c.steps)
         step = make_step(recipe.loss, tx, rate, trainable=recipe.trainable, microbatches=c.microbatches)
         self.step = jax.jit(step, donate_argnums=0)
@@ -110,6 +110,12 @@ class Trainer:
         self.done, seconds = self.restore(say)  # steps, as the host counts them, and what they took
         self.log = log.Log(workdir, steps=c.steps, start=self.done, loggers=c.loggers, config=to_dict(config))
         self.meter = Meter(self.log, recipe.tokens, recipe.flops, recipe.derived, every=c.log_every, seconds=seconds)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.log.close()
 
     def restore(self, say) -> tuple[int, float]:
         """Go on from the newest intact checkpoint, if there is one; its step, and the seconds of training before it."""
@@ -135,7 +141,7 @@ class Trainer:
     def fit(self) -> str:
         """Train; returns "ok", "stopped" (by a signal) or "diverged" (every update refused). The last state is saved."""
         c, status = self.config.train, "ok"
-        hooks = (*self.recipe.hooks, Every(c.checkpoint_every, self.save))
+        hooks = (Every(c.checkpoint_every, self.save), *self.recipe.hooks)
         with _signals() as stop, self.recipe.batches(self.done) as batches, Profile(c.profile, self.workdir) as profile:
             while self.done < c.steps and status == "ok":
                 profile.before(self.done + 1)
@@ -146,10 +152,14 @@ class Trainer:
                 self.meter.sent(self.done, metrics)
                 self.checkpoints.poll()
                 profile.after(self.done, self.state)
-                status = "stopped" if _agreed(stop, self.done) else "diverged" if self.meter.streak >= PATIENCE else "ok"
+                diverged = self.meter.streak >= PATIENCE
+                status = "stopped" if _agreed(stop, self.done) else "diverged" if diverged else "ok"
                 due = [hook for hook in hooks if self.done % hook.steps == 0 or self.done == c.steps]
                 if due or status != "ok":
                     self.meter.flush()
+                if status == "stopped":
+                    self.save()  # before anything that takes time: whoever sent the signal may not wait
+                    self.checkpoints.wait()
                 for hook in due:
                     hook.do(self)
                     self.meter.restart()
@@ -193,15 +203,19 @@ def _saved(state: State) -> dict:
 
 @contextlib.contextmanager
 def _signals():
-    """A list that a SIGTERM or SIGINT makes non-empty; the second one acts as it would without us."""
+    """A list that a SIGTERM or SIGINT makes non-empty; the second one acts as it would without us.
+
+    Of several processes each leaves SIGTERM to JAX, whose coordinator has all of them stop after the same step.
+    """
     seen = []
+    ours = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
 
     def note(number, frame):
         seen.append(number)
         for s, handler in before.items():
             signal.signal(s, handler)
 
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.getsignal(s) for s in ours}
     try:
         for s in before:
             signal.signal(s, note)

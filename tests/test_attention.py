@@ -99,9 +99,8 @@ def test_the_layer_is_projections_norms_rotations_attention_and_output(changes, 
 def test_the_scale_is_the_roots_unless_set():
     assert attention.attention_scale(tiny.settings(head_size=16)) == 0.25
     assert attention.attention_scale(tiny.settings(attention_scale=1.0)) == 1.0
-    base, wide = (tiny.settings(width=width, base_width=32, heads=2, head_size=0) for width in (32, 128))
-    assert attention.attention_scale(base) == 16**-0.5
-    assert attention.attention_scale(wide) == 16**-0.5 / 4, "in muP, heads that grow are scaled by 1/H from the base on"
+    wide = tiny.settings(width=128, base_width=32, heads=8, head_size=16)
+    assert attention.attention_scale(wide) == 0.25, "in muP the number of heads grows"
 
 
 def test_the_mask_is_segment_order_and_window():

@@ -117,6 +117,7 @@ TWO = dict(data__sources="stdlib; text:corpus/*.txt")
     (dict(model__rope=dict(fraction=1.5)), "a share between 0 and 1"),
     (dict(model__rope=dict(scaling="yarn", factor=2.0), model__positions="alibi"), "only 'rope' can be scaled"),
     (dict(model__types=2), "set model.types=0"),
+    (dict(train__steps=100), "lower optim.warmup below train.steps"),
     (dict(model__dropout=1.0), "below 1"),
     (dict(optim__ema=1.0), "below 1"),
 ], ids=lambda value: None if isinstance(value, str) else "-".join(value))
@@ -172,7 +173,7 @@ def parse(*argv: str, workdir=None):
 
 def test_the_command_line_overrides_single_keys():
     c, flags = parse(f"--config={ROOT}/configs/tiny.py", "--config.optim.lr=0.5", "--config.train.steps=7",
-                     "--config.model.rope.theta=3",
+                     "--config.optim.warmup=0", "--config.model.rope.theta=3",
                      "--config.optim.betas=(0.8, 0.9)", "--config.data.sources=text:a;text:b")
     assert (c.optim.lr, c.train.steps, c.model.rope.theta, c.optim.betas) == (0.5, 7, 3.0, (0.8, 0.9))
     assert c.data.sources == "text:a;text:b" and c.name == "tiny"

@@ -166,13 +166,14 @@ def test_parts_of_a_batch_add_up_to_it(family):
 def test_row_sums_give_the_mean_and_its_standard_error():
     model, batch = tiny.model(), tiny.rows(batch=6)
     batch["weights"][-1] = 0  # a row that only pads the last batch
+    batch["bytes"] = np.full_like(batch["weights"], 3)
     sums = jax.jit(losses.row_sums, compiler_options=tiny.QUICK)(model, batch)
     logits = np.asarray(model(batch), np.float64)
     nll_BT = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
     nll_B, weight_B = (nll_BT * batch["weights"]).sum(1), batch["weights"].sum(1).astype(np.float64)
     right = ((logits.argmax(-1) == batch["targets"]) * batch["weights"]).sum()
     expected = dict(nll=nll_B.sum(), weight=weight_B.sum(), right=right, nll2=(nll_B**2).sum(), rows=5,
-                    nll_weight=(nll_B * weight_B).sum(), weight2=(weight_B**2).sum())
+                    bytes=3 * weight_B.sum(), nll_weight=(nll_B * weight_B).sum(), weight2=(weight_B**2).sum())
     assert sums.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-5)

@@ -34,6 +34,16 @@ def test_in_the_standard_parametrisation_every_activation_grows_with_the_width()
         assert found[name] > 0.3, f"{name}: {found[name]:.3f}"
 
 
+def test_in_mup_tables_are_scaled_as_the_base_model_scales_them():
+    x_BTD = jnp.ones((1, 2, 256))
+    for width in (64, 256):
+        plain, into, out = (tiny.model(width=width, heads=width // 8, head_size=8, base_width=64, table_scale=scale, init_std=0.1)
+                            for scale in ("none", "in", "out"))
+        ids = {"tokens": jnp.arange(4)[None], "positions": jnp.arange(4)[None]}
+        np.testing.assert_allclose(into.embedded(ids), 8 * plain.embedded(ids), rtol=1e-5)
+        np.testing.assert_allclose(8 * out.logits(x_BTD[..., :width]), plain.logits(x_BTD[..., :width]), rtol=1e-5)
+
+
 def test_in_mup_the_stream_does_not_depend_on_the_depth_and_otherwise_it_does():
     brief = dict(lr=0.01, steps=5)  # what the layers start with adds up to 1/sqrt(L), what they learn to a constant
     found = slopes(DEPTHS, lambda depth: trained(64, depth, **brief, base_width=64, base_depth=2))

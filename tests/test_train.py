@@ -211,7 +211,7 @@ def test_what_cannot_run_is_refused_in_a_line_that_names_the_cure(home, whole):
         assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 3, (argv, done.stderr)
     holder.close()
     assert not list(home.glob("runs/*/metrics.jsonl")) and not (home / "uneven" / "metrics.jsonl").exists()
-    mended = finished(start(home, "--config.train.steps=1"))
+    mended = finished(start(home, "--config.train.steps=1", "--config.optim.warmup=0"))
     assert mended.returncode == 0, "what was refused before its first step has not bound the folder"
 
 
@@ -220,10 +220,11 @@ def test_every_objective_trains_through_the_main(home):
 
     def argv(name):
         return ["train", "--config=small.py", f"--workdir={name}", f"--config.data.objective={name}",
-                "--config.train.steps=2", *OBJECTIVES[name]]
+                "--config.train.steps=2", "--config.optim.warmup=1", *OBJECTIVES[name]]
 
     names = list(OBJECTIVES)
-    processes = [launch(home, "-c", code, json.dumps([argv(name) for name in half])) for half in (names[::2], names[1::2])]
+    halves = names[::2], names[1::2]
+    processes = [launch(home, "-c", code, json.dumps([argv(name) for name in half])) for half in halves]
     for process in processes:
         done = finished(process)
         assert done.returncode == 0, done.stderr

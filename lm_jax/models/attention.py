@@ -43,8 +43,9 @@ def visible(query: Layout, key: Layout, *, causal: bool, window=0):
     mask_BTS = query.segments_BT[:, :, None] == key.segments_BT[:, None, :]
     if causal:
         mask_BTS &= key.order_BT[:, None, :] <= query.order_BT[:, :, None]
-    near_BTS = jnp.abs(_distance(query, key)) < window
-    return mask_BTS & (near_BTS | (jnp.asarray(window) == 0))
+    if isinstance(window, int) and window == 0:
+        return mask_BTS
+    return mask_BTS & ((jnp.abs(_distance(query, key)) < window) | (window == 0))
 
 
 def xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, softcap=0.0, bias_BNTS=None, sinks_N=None, drop=lambda p: p):

@@ -18,7 +18,7 @@ class Kind:
     """What a parameter is, for whoever treats parameters by kind (optimizer groups, sharding, counts).
 
     `letters` name its dimensions ("LDF": stacked over layers), `fan_in` those it sums over ("D"). `width_ratio` is
-    its fan-in over the base model's and `depth_ratio` the layers over the base model's: 1 outside muP.
+    its fan-in over the base model's and `depth_ratio`, of a layer's weights, the layers over the base's: 1 outside muP.
     """
 
     letters: str
@@ -160,13 +160,13 @@ def normal(letters: str, cfg: TransformerConfig, *, rngs: nnx.Rngs, std: float, 
     """A float32 parameter of normals; the numbers depend on the key and the shape, not on the mesh."""
     shape = tuple(cfg.sizes[a] for a in letters)
     value = std * jax.random.normal(rngs.params(), shape, out_sharding=parallel.weight(letters, shape))
-    return nnx.Param(value, kind=Kind(letters, fan_in, role, width_ratio(cfg), depth_ratio(cfg)))
+    return nnx.Param(value, kind=Kind(letters, fan_in, role, width_ratio(cfg)))
 
 
 def constant(letters: str, cfg: TransformerConfig, value: float) -> nnx.Param:
     """A float32 vector parameter (norm scale, bias) filled with `value`, replicated."""
     array = jnp.full(tuple(cfg.sizes[a] for a in letters), value, jnp.float32)
-    return nnx.Param(array, kind=Kind(letters, "", "vector", width_ratio(cfg), depth_ratio(cfg)))
+    return nnx.Param(array, kind=Kind(letters, "", "vector", width_ratio(cfg)))
 
 
 def initial_std(fan_in: str, cfg: TransformerConfig, *, role: str = "matrix") -> float:
@@ -192,10 +192,10 @@ def residual_gain(cfg: TransformerConfig) -> float:
     return (2 * cfg.depth / depth_ratio(cfg)) ** -0.5
 
 
-def kinds(model: nnx.Module) -> dict:
-    """The nested dict of a model's parameters with a `Kind` in the place of each array."""
-    tree = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return _kinds(tree, {path: v.kind for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}, ())
+def kinds(model: nnx.Module, trainable=nnx.Param) -> dict:
+    """The nested dict of a model's (trainable) parameters with a `Kind` in the place of each array."""
+    tree = nnx.to_pure_dict(nnx.state(model, trainable))
+    return _kinds(tree, {path: v.kind for path, v in nnx.to_flat_state(nnx.state(model, trainable))}, ())
 
 
 def _kinds(tree, by_path, path):

@@ -46,9 +46,9 @@ def _ntk(exponent, cfg, positions_BT):
 
 
 def _dynamic(exponent, cfg, positions_BT):
-    """NTK with the factor that the longest row at hand needs; none up to max_length."""
+    """NTK with the factor that each row's length needs; none up to max_length."""
     size, factor = 2 * len(exponent), cfg.rope.factor
-    ratio = jnp.maximum((positions_BT.max() + 1) / cfg.max_length, 1.0)
+    ratio = jnp.maximum((positions_BT.max(1)[:, None, None] + 1) / cfg.max_length, 1.0)
     theta = cfg.rope.theta * (factor * ratio - (factor - 1)) ** (size / (size - 2))
     return theta ** -jnp.asarray(exponent, jnp.float32), 1.0
 

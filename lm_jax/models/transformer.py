@@ -82,7 +82,7 @@ class Stack(nnx.Module):
         self.blocks = jax.vmap(lambda key: Block(cfg, cross=cross, rngs=nnx.Rngs(key)))(
             jax.random.split(rngs.params(), depth))
         for _, param in nnx.to_flat_state(nnx.state(self.blocks, nnx.Param)):
-            param.set_metadata(kind=replace(param.kind, letters="L" + param.kind.letters))
+            param.set_metadata(kind=replace(param.kind, letters="L" + param.kind.letters, depth_ratio=depth_ratio(cfg)))
         self.bias = RelativeBias(cfg, causal=causal, rngs=rngs) if cfg.positions == "relative" else None
         self.norm = Norm("D", cfg) if cfg.norm_place != "post" else None
 
@@ -98,7 +98,7 @@ class Stack(nnx.Module):
 
         def layer(x_BTD, scanned):
             block, window, kv, memory_kv, key = scanned
-            mask_BTS = visible(layout, slots, causal=self.causal, window=window)
+            mask_BTS = visible(layout, slots, causal=self.causal, window=window if cfg.window else 0)
             attend = lambda attention, x, key: attention(x, mask_BTS, angles=angles, bias_BNTS=bias, cache=kv, at=at, key=key)
             if memory is not None and memory_kv is None:
                 memory_kv = block.cross.project(memory)
@@ -167,7 +167,7 @@ class Transformer(nnx.Module):
         cfg = self.cfg
         if self.transform is not None:
             x_BTD = self.transform(x_BTD)
-        scale = (cfg.width**-0.5 if cfg.table_scale == "out" else 1.0) / width_ratio(cfg)
+        scale = (root(cfg) ** -1 if cfg.table_scale == "out" else 1.0) / width_ratio(cfg)
         x_BTD = x_BTD * scale if scale != 1 else x_BTD
         logits_BTV = (self.unembed or self.embed.attend)(x_BTD, jnp.float32)
         if self.transform is not None:
@@ -187,7 +187,7 @@ class Transformer(nnx.Module):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         x_BTD = self.embed(batch["tokens"], dtype)
         if cfg.table_scale == "in":
-            x_BTD *= jnp.asarray(cfg.width**0.5, dtype)
+            x_BTD *= jnp.asarray(root(cfg), dtype)
         if self.places is not None:
             x_BTD += self.places(batch["positions"], dtype)
         if cfg.positions == "sinusoidal":
@@ -213,6 +213,11 @@ class Transformer(nnx.Module):
 def make(cfg: TransformerConfig, *, seed: int) -> Transformer:
     """A new model under jit, each weight made on the devices that keep it; numbers do not depend on the mesh."""
     return jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(params=seed)))()
+
+
+def root(cfg: TransformerConfig) -> float:
+    """sqrt(D), by which tables are scaled; the base model's in muP, where no activation grows with the width."""
+    return (cfg.base_width or cfg.width) ** 0.5
 
 
 def _written(cache: Cache, layout: Layout) -> Layout:

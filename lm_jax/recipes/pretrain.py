@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import jax
+import numpy as np
 
 from lm_jax import losses, parallel, trainer
 from lm_jax.config import Config, ConfigError
@@ -47,7 +48,13 @@ class Pretraining:
             flops=c.train.batch * flops.train(self.model_config, tokens, source),
             data=self.store.digest,
             hooks=hooks,
-            derived=lambda row: {"bits_per_byte": row["loss"] / math.log(2) / self.bytes_per_token})
+            derived=self._derived)
+
+    def _derived(self, row: dict) -> dict:
+        """Bits per byte of a causal step, by the mean length of a token: what is masked or spanned compresses no text."""
+        if self.config.data.objective != "causal":
+            return {}
+        return {"bits_per_byte": row["loss"] / math.log(2) / self.bytes_per_token}
 
     @cached_property
     def rows_available(self) -> int:
@@ -65,8 +72,8 @@ class Evaluation:
     """Losses on the fixed validation rows of each source, with standard errors over rows.
 
     Called with a model and the most rows a source (0: all) it gives {tag: values}: val_loss (nats per predicted token),
-    val_loss_stderr, val_bits_per_byte, val_accuracy, val_tokens and, where a causal source knows it, the true loss and the excess over
-    it. "all" pools several sources.
+    val_loss_stderr, val_bits_per_byte, val_accuracy, val_tokens; of next sentences val_pair_loss and val_pair_accuracy;
+    and, where a causal source knows it, true_loss and excess_loss. "all" pools several sources.
     """
 
     def __init__(self, pretraining: Pretraining):
@@ -79,21 +86,20 @@ class Evaluation:
         return results if len(sums) == 1 else results | {"all": _result(_total(sums.values()))}
 
     def _sum(self, model, tag, rows):
-        hosts = dict(host=jax.process_index(), hosts=jax.process_count())
-        batches = validation(self.store, self.config.data, tag, batch=self.config.train.batch, rows=rows, **hosts)
+        t, hosts = self.config.train, dict(host=jax.process_index(), hosts=jax.process_count())
+        most = t.batch // t.microbatches  # what is known to fit
         lengths = self.store.tokenizer.byte_lengths
-
-        def one(batch):
-            text = float((lengths[batch["targets"]] * batch["weights"]).sum())
-            sums = self.sums(model, parallel.put_batch(batch))
-            return {k: float(v) for k, v in sums.items()} | {"bytes": text * hosts["hosts"]}
-
-        return _total(map(one, batches))
+        batches = ({**batch, "bytes": lengths[batch["targets"]].astype(np.float32)}
+                   for batch in validation(self.store, self.config.data, tag, batch=most, rows=rows, **hosts))
+        sums = [self.sums(model, parallel.put_batch(batch)) for batch in batches]
+        return _total({key: float(value) for key, value in one.items()} for one in jax.device_get(sums))
 
     def _truth(self, tag, sums):
         """A perfect model's mean loss on the validation documents, where the source knows it and rows hold them whole."""
         split = self.store.manifest["splits"]["validation"][tag]
-        if split["nats"] is None or self.config.data.objective != "causal":
+        data, each = self.config.data, split["tokens"] / split["docs"]
+        whole = each == data.length or (data.strategy == "fit" and each <= data.length)
+        if split["nats"] is None or data.objective != "causal" or not whole:
             return {}
         truth = split["nats"] / split["tokens"]
         return {"true_loss": truth, "excess_loss": sums["nll"] / sums["weight"] - truth}
@@ -143,5 +149,6 @@ def _result(s) -> dict[str, float]:
     loss, n = s["nll"] / s["weight"], s["rows"]
     residual = max(s["nll2"] - 2 * loss * s["nll_weight"] + loss**2 * s["weight2"], 0.0)
     stderr = math.sqrt(residual * n / (n - 1)) / s["weight"] if n > 1 else math.nan
-    return {"val_loss": loss, "val_loss_stderr": stderr, "val_bits_per_byte": s["nll"] / math.log(2) / max(s["bytes"], 1),
+    pairs = {"val_pair_loss": s["pair_nll"] / s["pairs"], "val_pair_accuracy": s["pair_right"] / s["pairs"]} if s.get("pairs") else {}
+    return pairs | {"val_loss": loss, "val_loss_stderr": stderr, "val_bits_per_byte": s["nll"] / math.log(2) / max(s["bytes"], 1),
             "val_accuracy": s["right"] / s["weight"], "val_tokens": int(s["weight"])}

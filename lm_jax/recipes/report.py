@@ -3,6 +3,7 @@
 import importlib.metadata
 import lzma
 import platform
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -21,16 +22,19 @@ XZ_LIMIT = 64 * 2**20  # bytes of held-out text that are worth the minute xz tak
 PROMPT, ANSWER = 32, 96  # tokens
 
 
-def manifest(recipe: Pretraining, mesh: dict) -> dict:
-    """All that must be known to repeat a run or to compare it: config, code, data, libraries, devices, counts."""
+def manifest(recipe: Pretraining, mesh: dict, before: dict | None) -> dict:
+    """All that must be known to repeat a run or to compare it: config, code, data, libraries, devices, counts.
+
+    `starts` has code and devices of each start of the run; those of earlier ones are `before`'s.
+    """
     c, model = recipe.config, recipe.model_config
     device = jax.devices()[0]
+    start = {"code_revision": _revision(), "versions": _versions(), "device": device.device_kind,
+             "platform": device.platform, "devices": jax.device_count(), "processes": jax.process_count(), "mesh": mesh}
     return {
         "config": config.to_dict(c), "config_digest": config.digest(config.to_dict(c)), "seed": c.seed,
-        "code_revision": _revision(), "data_digest": recipe.store.digest, "data": str(recipe.store.path),
-        "tokenizer": recipe.store.tokenizer.digest, "versions": _versions(),
-        "device": device.device_kind, "platform": device.platform, "devices": jax.device_count(),
-        "processes": jax.process_count(), "mesh": mesh, "attention": "xla",
+        "data_digest": recipe.store.digest, "data": str(recipe.store.path), "tokenizer": recipe.store.tokenizer.digest,
+        **start, "attention": "xla", "starts": [*(before or {}).get("starts", []), start],
         "parameters": flops.parameters(model), "flops_per_token": _flops_per_token(recipe),
     }
 
@@ -47,12 +51,13 @@ def headline(recipe: Pretraining, mesh: dict) -> str:
 
 
 def summary(recipe: Pretraining, run, status: str, results: dict, wall: float) -> dict:
-    """The outcome of a run as a record; validation figures are absent unless it ended well."""
+    """The outcome of a run as a record; validation figures, and what xz reaches, are absent unless it ended well."""
+    beside = xz(recipe) if status == "ok" else {}
     final = results.get("all") or next(iter(results.values()), {})
     return {"status": status, "steps": run.done, "tokens": run.done * run.recipe.tokens,
             "flops": run.done * run.recipe.flops, "seconds": run.meter.seconds, "compile_seconds": run.meter.compile_seconds,
             "wall_seconds": wall, **final,
-            "validation": results}
+            "validation": results, **beside}
 
 
 def xz(recipe: Pretraining) -> dict:
@@ -73,8 +78,8 @@ def sampled(recipe: Pretraining, model) -> str:
 
 def closing(summary: dict, workdir, argv: list[str]) -> str:
     """The last lines that a user reads: the outcome, and what to do next."""
-    command = "python -m lm_jax.train " + " ".join(argv[1:])
-    bare = " ".join(a for a in command.split() if not a.startswith(("--workdir", "--config.train.steps", "--config.data.sources")))
+    command = shlex.join(["python", "-m", "lm_jax.train", *argv[1:]])
+    bare = shlex.join(["python", "-m", "lm_jax.train", *_without(argv[1:], "--workdir", "--config.train.steps", "--config.data.sources")])
     lines = []
     if "val_loss" in summary:
         lines = [f"validation loss {summary['val_loss']:.4f} ± {summary['val_loss_stderr']:.4f} nats a token"
@@ -97,10 +102,21 @@ def closing(summary: dict, workdir, argv: list[str]) -> str:
     }[summary["status"]])
 
 
+def _without(argv: list[str], *names: str) -> list[str]:
+    """Arguments but for these flags, be they spelt --flag=value or --flag value."""
+    kept, skip = [], False
+    for argument in argv:
+        if not skip and argument.split("=")[0] not in names:
+            kept.append(argument)
+        skip = not skip and argument in names
+    return kept
+
+
 def _continued(model, batch, tokenizer):
     """A held-out text's beginning, and the model's continuation at temperature 0.8."""
     prompt = {key: value[:1, :PROMPT] for key, value in batch.items() if key in ("tokens", "positions", "segments")}
-    prompt["segments"] = np.ones_like(prompt["segments"])
+    first = prompt["segments"][0] == prompt["segments"][0, 0]  # one document
+    prompt = {key: value[:, first] for key, value in prompt.items()}
     ids = _answer(model, prompt, tokenizer, temperature=0.8)
     return f"sample, from a held-out beginning:\n{tokenizer.decode(prompt['tokens'][0])}▮{tokenizer.decode(ids)}"
 
