@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 
-from lm_jax import seal
+from lm_jax import disk, seal
 from lm_jax.errors import ConfigError, Failure
 
 NONE, BAD = -1, -2  # what process 0 tells the others in place of a step
@@ -129,7 +129,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 seal.write(part, body)
                 part.rename(self.folder / str(step))
-                seal.sync(self.folder)
+                disk.sync(self.folder)
                 for old in self.steps()[:-self._keep]:
                     self._remove(self.folder / str(old))
             self._newest = step

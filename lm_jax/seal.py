@@ -5,6 +5,8 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+from lm_jax import disk
+
 NAME = "MANIFEST.json"
 
 
@@ -14,22 +16,19 @@ class DamagedError(Exception):
 
 def write(folder, body: dict):
     """Seal `folder`: bring all of it to the disk, then a manifest of its files and of `body`, a JSON-able dict."""
-    body = body | {"files": _digests(folder)}
-    with open(folder / NAME, "w") as f:
-        json.dump({"sha256": _digest(body), "body": body}, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        sync(inner)
+    body = body | {"files": _digests(folder, before=disk.sync)}
+    for inner in (path for path in folder.rglob("*") if path.is_dir()):
+        disk.sync(inner)
+    disk.replace(folder / NAME, [json.dumps({"sha256": _digest(body), "body": body}, indent=1)])
 
 
 def read(folder) -> dict:
     """The `body` that a folder was sealed with, and "files"; DamagedError if it is not what was written."""
     try:
-        manifest = json.loads((folder / NAME).read_bytes())
+        manifest = disk.read_json(folder / NAME)
+        if manifest is None:
+            raise DamagedError(f"it has no {NAME}")
         body, digest = manifest["body"], manifest["sha256"]
-    except FileNotFoundError:
-        raise DamagedError(f"it has no {NAME}") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise DamagedError(f"{NAME} cannot be read ({type(e).__name__})") from e
     if digest != _digest(body):
@@ -54,25 +53,16 @@ def verify(folder):
             raise DamagedError(f"{name} has another SHA-256 than when it was written")
 
 
-def sync(folder):
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 def _digest(body) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _digests(folder) -> dict[str, list]:
-    """File -> [bytes, SHA-256] of everything below `folder` but the manifest, each made sure to be on the disk."""
+def _digests(folder, *, before=lambda file: None) -> dict[str, list]:
+    """File -> [bytes, SHA-256] of everything below `folder` but the manifest; `before` is called on each first."""
 
     def read(file):
-        with open(file, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-            os.fsync(f.fileno())
-            return [f.tell(), digest]
+        before(file)
+        return [file.stat().st_size, disk.sha256(file)]
 
     names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != NAME]
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # other threads run while one hashes

@@ -10,6 +10,7 @@ import os
 import socket
 from pathlib import Path
 
+from lm_jax import disk
 from lm_jax.config import difference
 from lm_jax.errors import REFUSED, ConfigError
 
@@ -72,11 +73,16 @@ class Workdir:
     def write_json(self, name: str, value):
         """Write a record whole or not at all; numbers that JSON lacks become null."""
         if self.writes:
-            replace(self.path / name, [json.dumps(plain(value), indent=2), "\n"])
+            self.path.mkdir(parents=True, exist_ok=True)
+            disk.replace(self.path / name, [json.dumps(plain(value), indent=2), "\n"])
 
     def read_json(self, name: str):
-        """A record, or None where there is none."""
-        return read_json(self.path / name)
+        """A record, or None where there is none; ConfigError where it is damaged."""
+        try:
+            return disk.read_json(self.path / name)
+        except ValueError as e:
+            raise ConfigError(f"{self.path / name} is no JSON ({e}): mend or remove it, or pass another "
+                              "--workdir") from e
 
     def keep_metrics(self, step: int, *, evaluated: int | None = None) -> int:
         """Make metrics.jsonl end where a run resumes: rows beyond `step`, and a row cut off by a kill, go; how many.
@@ -98,7 +104,7 @@ class Workdir:
                     else:
                         gone += 1
 
-        replace(self.metrics, kept())
+        disk.replace(self.metrics, kept())
         return gone
 
     def _begun(self) -> bool:
@@ -122,16 +128,6 @@ class Workdir:
         self._lock = lock
 
 
-def read_json(path):
-    """What a JSON file holds, or None where there is no file; ConfigError where it is damaged."""
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as e:
-        raise ConfigError(f"{path} is no JSON ({e}): mend or remove it, or pass another --workdir") from e
-
-
 def plain(value):
     """`value` with arrays of one number as numbers, and NaN and infinity, which JSON lacks, as None."""
     if isinstance(value, dict):
@@ -141,23 +137,6 @@ def plain(value):
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def replace(path: Path, chunks):
-    """Put `chunks` of text in place of a file, by way of a temporary one: a reader sees the old or the new, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "w") as f:
-            f.writelines(chunks)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except BaseException as e:
-        temporary.unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            e.filename = str(path)  # where the system names none, as on a full disk
-        raise
 
 
 def _place(line: str) -> tuple[float, bool]:

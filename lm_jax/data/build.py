@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 import lm_jax
-from lm_jax.data import disk, documents, examples, pack
+from lm_jax import disk
+from lm_jax.data import documents, examples, pack
 from lm_jax.data import tokenizer as tokenizers
 from lm_jax.data.documents import SPLITS
 
@@ -76,8 +77,8 @@ def _ensure(store, manifest, name, write, say):
         raise
     record |= {"seconds": round(time.monotonic() - began, 3), "code": _versions()}
     manifest["stages"][name] = record
-    disk.write_text(store / "card.md", card(manifest))
-    disk.write_text(store / "manifest.json", json.dumps(manifest, indent=1))
+    disk.replace(store / "card.md", [card(manifest)])
+    disk.replace(store / "manifest.json", [json.dumps(manifest, indent=1)])
     size = sum(file["bytes"] for file in record["files"].values()) / 1e6
     say(f"{name}: {len(record['files'])} files, {size:,.1f} MB, {record['seconds']:.1f} s")
     return record
@@ -86,7 +87,8 @@ def _ensure(store, manifest, name, write, say):
 def _finish(hidden, final, files):
     """Force a folder's files to disk, note their sizes and digests, and give the folder its name."""
     for path in sorted(hidden.iterdir()):
-        files.setdefault(path.name, {}).update(bytes=path.stat().st_size, sha256=disk.seal(path))
+        disk.sync(path)
+        files.setdefault(path.name, {}).update(bytes=path.stat().st_size, sha256=disk.sha256(path))
     disk.sync(hidden)
     final.parent.mkdir(parents=True, exist_ok=True)
     hidden.rename(final)
@@ -114,12 +116,12 @@ def _tokens(folder, docs, encoder, record, say):
             say(f"tokens: {done} of {len(record['files'])} parts")
         key = {name: file[name] for name in ("tag", "split", "number")}
         shard, sizes = shard_name(**key), []
-        with disk.NpyWriter(folder / f"tokens-{shard}", dtype) as out:
+        with NpyWriter(folder / f"tokens-{shard}", dtype) as out:
             for group in documents.groups(docs / part):
                 encoded = encoder.encode_batch(group)
                 sizes += [len(ids) + 2 for ids in encoded]
                 out.write(np.concatenate([span for ids in encoded for span in ([encoder.bos], ids, [encoder.eos])]))
-        with disk.NpyWriter(folder / f"offsets-{shard}", np.int64) as offsets:
+        with NpyWriter(folder / f"offsets-{shard}", np.int64) as offsets:
             offsets.write(np.append(0, np.cumsum(sizes)))
         files[f"tokens-{shard}"] = key | {"docs": len(sizes), "tokens": out.length}
         predicted[file["split"]][file["tag"]] += out.length - len(sizes)  # all but bos
@@ -135,8 +137,8 @@ def _packs(folder, shards, data, record):
         for tag, counts in record["splits"][split].items():
             files = shard_files(record, split, tag)
             offsets = (np.load(shards / f"offsets-{shard_name(tag, split, file['number'])}") for file in files)
-            with (disk.NpyWriter(folder / f"segments-{tag}-{split}.npy", np.int32, (3,)) as segments,
-                  disk.NpyWriter(folder / f"rows-{tag}-{split}.npy", np.int64) as starts):
+            with (NpyWriter(folder / f"segments-{tag}-{split}.npy", np.int32, (3,)) as segments,
+                  NpyWriter(folder / f"rows-{tag}-{split}.npy", np.int64) as starts):
                 for packed in pack.pack(offsets, window=window, overlap=overlap, strategy=data.strategy):
                     starts.write(packed.starts + segments.length)
                     segments.write(packed.segments)
@@ -145,6 +147,32 @@ def _packs(folder, shards, data, record):
             positions = counts["tokens"] + (1 - overlap) * sum(file["docs"] for file in files)
             splits[split][tag] = {"rows": rows, "utilisation": round(pack.utilisation(positions, rows, window), 6)}
     return {"files": {}, "splits": splits}
+
+
+class NpyWriter:
+    """Append arrays to a .npy file whose length is known only at the end; numpy's padded headers allow it."""
+
+    def __init__(self, path: Path, dtype, shape: tuple = ()):
+        self.path, self.dtype, self.shape, self.length = path, np.dtype(dtype), shape, 0
+
+    def __enter__(self):
+        self._file = open(self.path, "wb")
+        self._header()
+        return self
+
+    def write(self, array):
+        self._file.write(np.ascontiguousarray(array, self.dtype).data)
+        self.length += len(array)
+
+    def __exit__(self, *error):
+        with self._file:
+            if error[0] is None:
+                self._file.seek(0)
+                self._header()
+
+    def _header(self):
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length, *self.shape)}
+        np.lib.format.write_array_header_1_0(self._file, header)
 
 
 def shard_name(tag, split, number):

@@ -12,21 +12,23 @@ any size gives at once (a touched file costs a rebuild, a changed one is noticed
 so pin its version. `Store.digest` is of the content: the same text elsewhere trains the same rows.
 """
 
-import json
+import contextlib
+import fcntl
 import os
 import platform
 import re
+import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from lm_jax import config
+from lm_jax import config, disk
 from lm_jax.config import DataConfig
-from lm_jax.data import build, disk, documents, sources
+from lm_jax.data import build, documents, sources
 from lm_jax.data import tokenizer as tokenizers
-from lm_jax.errors import DataError
+from lm_jax.errors import FULL, REFUSED, ConfigError, DataError
 
 FORMAT = 2  # raise it when the stages write something else: older stores are then left alone
 
@@ -34,8 +36,8 @@ FORMAT = 2  # raise it when the stages write something else: older stores are th
 def prepare(data: DataConfig, *, say=print) -> "Store":
     """The store of `data`; whatever stage is missing is built first, and `say` is told.
 
-    Raises ConfigError on an empty source or a full disk, DataError on a source that cannot be read and on a file that is
-    not what the manifest says.
+    Raises ConfigError on an empty source or a full disk, DataError on a source that cannot be read and on a file that
+    is not what the manifest says.
     """
     specs = sources.parse(data.sources)
     named = dict(zip(tags(specs), specs))
@@ -44,9 +46,9 @@ def prepare(data: DataConfig, *, say=print) -> "Store":
     path = Path(data.root) / "+".join(named)[:64] / config.digest(identity)
     manifest = _manifest(path) or {"name": "+".join(named), "identity": identity, "sources": named, "stages": {}}
     if not _whole(data, manifest):
-        with disk.explained(data.root):
+        with _explained(data.root):
             path.mkdir(parents=True, exist_ok=True)
-            with disk.lock(path, say):
+            with _lock(path, say):
                 manifest = _manifest(path) or manifest  # another builder may have been here
                 build.build(path, manifest, data, say)
     return Store(path, manifest, build.stage_names(data, manifest))
@@ -142,6 +144,36 @@ class Rows:
         return self._shards[number]
 
 
+@contextlib.contextmanager
+def _lock(folder: Path, say):
+    """One builder at a time; the others wait, and then find the work done. Leftovers of killed builders are removed."""
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process is preparing {folder}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        for leftover in folder.glob(".building-*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield
+
+
+@contextlib.contextmanager
+def _explained(root):
+    """A full disk, quota or file-size limit, or a place that takes no files, as a ConfigError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in REFUSED:
+            raise ConfigError(f"data.root={str(root)!r} cannot be used: {error}. Choose a folder that takes "
+                              "files") from error
+        if error.errno not in FULL:
+            raise
+        free = shutil.disk_usage(root).free / 1e6
+        raise ConfigError(f"no room under data.root={str(root)!r} ({free:,.0f} MB free): {error}. Make room or set "
+                          "data.root to a larger disk and run again; finished stages are kept, others not") from error
+
+
 def _identity(spec):
     """What decides the documents of a spec; a file by path, size and time of change."""
     files = [(path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in sources.files(spec)]
@@ -150,9 +182,7 @@ def _identity(spec):
 
 def _manifest(path):
     try:
-        return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+        return disk.read_json(path / "manifest.json")
     except ValueError as error:
         raise DataError(f"{path / 'manifest.json'} is no JSON ({error}): delete it to build a new store") from error
 
