@@ -1,5 +1,6 @@
 """A file is whole or absent, whatever ends its writer."""
 
+import errno
 import os
 
 import pytest
@@ -13,7 +14,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
     def chunks():
         yield "[3, "
-        raise OSError("no room")
+        raise OSError(errno.ENOSPC, "no room")
 
     with pytest.raises(OSError, match="no room") as error:
         disk.replace(path, chunks())
