@@ -48,6 +48,28 @@ def test_a_file_is_a_document_and_its_bytes_are_untouched(tmp_path):
     assert [d.id for d in read(f"text:{tmp_path}/sub/c.txt")[0]] == ["c.txt"]
 
 
+def test_a_large_file_is_cut_at_line_ends_into_documents_of_bounded_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGE", 256)
+    monkeypatch.setattr(sources, "PIECE", 64)
+    texts = {"lines.txt": "".join(f"line {i} é\n" for i in range(100)), "one.txt": "漢字é" * 100,
+             "mixed.txt": "a\n" + "é" * 300 + "\n\n" + "b\n" * 50, "small.txt": "c" * 256}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.encode())
+    compress(tmp_path / "packed.gz", texts["lines.txt"].encode(), "gzip")
+    documents, report = read(f"text:{tmp_path}/*")
+    assert report["cut"] == 4 and report["documents"] == len({d.id for d in documents}) == len(documents)
+    for name, text in (texts | {"packed.gz": texts["lines.txt"]}).items():
+        pieces = [d for d in documents if d.id.partition(":")[0] == name]
+        assert "".join(d.text for d in pieces) == text
+        if name == "small.txt":
+            assert [d.id for d in pieces] == [name]
+            continue
+        assert [d.id for d in pieces] == [f"{name}:{n:06d}" for n in range(1, len(pieces) + 1)]
+        assert all(len(d.text.encode()) <= 64 for d in pieces)
+        assert name in ("one.txt", "mixed.txt") or all(d.text.endswith("\n") for d in pieces)
+    assert "cut" not in read(f"text:{tmp_path}/small.txt")[1]
+
+
 @pytest.mark.parametrize("suffix, codec", ((".gz", "gzip"), (".zst", "zstd")))
 def test_compressed_files_read_like_plain_ones(tmp_path, suffix, codec):
     rows = "".join(json.dumps({"text": f"line {i} é"}, ensure_ascii=False) + "\n" for i in range(50)).encode()

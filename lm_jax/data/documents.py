@@ -130,6 +130,9 @@ def _split(folder, tag, spec, data, say):
                 _keep(document, parts["validation" if h < line else "train"])
         for part in (*parts.values(), dropped):
             part.close()
+        if report["cut"]:
+            say(f"{tag}: {report['cut']:,} files of more than {sources.LARGE / 1e6:,.0f} MB are cut at line ends into "
+                f"documents of at most {sources.PIECE / 1e6:,.0f} MB")
         if not report["documents"]:
             raise ConfigError(f"data.sources: {spec} has no document with text ({report['empty']:,} of white space "
                               f"only, {report['invalid_utf8']:,} not UTF-8): is it the right source?")

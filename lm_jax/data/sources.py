@@ -19,6 +19,10 @@ from lm_jax.data import synthetic
 from lm_jax.errors import ConfigError, DataError
 
 
+LARGE = 64 << 20  # bytes of a text file that is still one document
+PIECE = 16 << 20  # most bytes of the documents that a larger one is cut into
+
+
 class Document(NamedTuple):
     id: str  # unique within its source, and stable: a path below the glob's fixed part, a line number
     source: str  # the spec
@@ -54,11 +58,13 @@ def read(spec: str, *, invalid: str, report: Counter, dropped: Callable[[Dropped
 
     `report` counts documents and bytes (of what is yielded), invalid_utf8 (documents, replaced or dropped; the value is
     how many bytes, where 0 may be) and empty (documents of white space only, which are dropped; the value is how many
-    other characters, where 1 must be). `dropped` is told each document that is not yielded. Raises ConfigError on what
-    cannot be read.
+    other characters, where 1 must be), and cut (text files of more than LARGE bytes, which become several documents).
+    `dropped` is told each document that is not yielded. Raises ConfigError on what cannot be read.
     """
     kind, _, argument = spec.partition(":")
     for id, raw, lang, meta in SOURCES[kind](argument):
+        if meta.get("piece") == 1:
+            report["cut"] += 1
         try:
             text = raw.decode()
         except UnicodeDecodeError as error:
@@ -103,12 +109,17 @@ def stdlib(argument: str) -> Iterator[Raw]:
 
 
 def text(argument: str) -> Iterator[Raw]:
-    """`text:GLOB`: each file is a document."""
+    """`text:GLOB`: each file is a document; one of more than LARGE bytes is several, `path:000001` and so on."""
     root, paths = _paths(argument)
     for path in paths:
         try:
             with _open(path) as file:
-                yield _id(path, root), file.read(), "", {}
+                held = file.read(LARGE + 1)
+                if len(held) <= LARGE:
+                    yield _id(path, root), held, "", {}
+                    continue
+                for number, piece in enumerate(_pieces(held, file), 1):
+                    yield f"{_id(path, root)}:{number:06d}", piece, "", {"piece": number}
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}; repair it, or leave it out of data.sources") from error
 
@@ -225,6 +236,22 @@ def _open(path: str):
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(path, compression=compression))
+
+
+def _pieces(held: bytes, file) -> Iterator[bytes]:
+    """What was read of a file and what is left of it, cut at line ends, or between characters in longer lines."""
+    start = 0
+    while start < len(held):
+        if len(held) - start <= PIECE:
+            held, start = held[start:] + file.read(PIECE), 0
+        end = start + PIECE
+        if end < len(held):
+            line = held.rfind(b"\n", start, end) + 1
+            while not line and end > start + PIECE - 4 and held[end] & 0xC0 == 0x80:  # a byte inside a character
+                end -= 1
+            end = line or end
+        yield held[start:end]
+        start = end
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:

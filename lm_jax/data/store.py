@@ -30,7 +30,7 @@ from lm_jax.data import build, documents, sources
 from lm_jax.data import tokenizer as tokenizers
 from lm_jax.errors import FULL, REFUSED, ConfigError, DataError
 
-FORMAT = 2  # raise it when the stages write something else: older stores are then left alone
+FORMAT = 3  # raise it when the stages write something else: older stores are then left alone
 
 
 def prepare(data: DataConfig, *, say=print) -> "Store":
