@@ -39,8 +39,8 @@ class Workdir:
     def open(self, config: dict):
         """Claim the folder for a run of `config` (nested, JSON-able) until `close` or the process's end.
 
-        Raises ConfigError where another trainer holds the folder, where it belongs to another config, or where no folder
-        can be. A run that ended before its first step leaves the folder to any config.
+        Raises ConfigError where another trainer holds the folder, where it belongs to another config, or where no
+        folder can be. A run that ended before its first step leaves the folder to any config.
         """
         if not self.writes:
             return

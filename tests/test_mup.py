@@ -37,7 +37,8 @@ def test_in_the_standard_parametrisation_every_activation_grows_with_the_width()
 def test_in_mup_tables_are_scaled_as_the_base_model_scales_them():
     x_BTD = jnp.ones((1, 2, 256))
     for width in (64, 256):
-        plain, into, out = (tiny.model(width=width, heads=width // 8, head_size=8, base_width=64, table_scale=scale, init_std=0.1)
+        plain, into, out = (tiny.model(width=width, heads=width // 8, head_size=8, base_width=64, table_scale=scale,
+                                       init_std=0.1)
                             for scale in ("none", "in", "out"))
         ids = {"tokens": jnp.arange(4)[None], "positions": jnp.arange(4)[None]}
         np.testing.assert_allclose(into.embedded(ids), 8 * plain.embedded(ids), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""What the README tells a user to type is understood: each command's config resolves, each file and module it names is there."""
+"""What the README tells a user to type is understood: commands resolve, the files and modules it names are there."""
 
 import importlib.util
 import pathlib

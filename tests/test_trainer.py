@@ -1,4 +1,4 @@
-"""The trainer's promises: any cut of a batch is the same step, a stopped run is an unbroken one, bad updates change nothing."""
+"""The trainer's promises: any cut of a batch is one step, a stopped run an unbroken one, bad updates change nothing."""
 
 import contextlib
 import os
@@ -41,7 +41,7 @@ def test_microbatches_are_the_same_step_as_the_whole_batch(family):
     batch, key = batches(family=family), jax.random.key(0)
     results = []
     for parts in (1, 4):
-        state, step = stepper(family, microbatches=parts, eps=1e-2)  # by default Adam takes the sign of zero gradients' noise
+        state, step = stepper(family, microbatches=parts, eps=1e-2)  # else Adam takes the sign of zero gradients' noise
         results.append(step(state, batch, key))
     (whole, whole_metrics), (cut, cut_metrics) = results
     for name in ("loss", "grad_norm", "update_norm"):
@@ -96,7 +96,8 @@ def run(path, *, stop_at=None, data="d", steps=STEPS, loss=losses.next_token, **
     workdir = Workdir(path)
     workdir.open(config.to_dict(c))
     try:
-        it = trainer.Trainer(c, transformer.make(tiny.settings(dropout=0.1), seed=0), recipe, workdir, say=lambda line: None)
+        model = transformer.make(tiny.settings(dropout=0.1), seed=0)
+        it = trainer.Trainer(c, model, recipe, workdir, say=lambda line: None)
         status = it.fit()
         it.log.close()
         return status, it
@@ -113,7 +114,8 @@ def test_a_run_that_is_stopped_and_started_again_is_bitwise_the_unbroken_one(tmp
     assert status == "ok" and again.done == STEPS
     for (name, a), b in zip(flat(whole.state).items(), flat(again.state).values()):
         np.testing.assert_array_equal(a, b, err_msg=name)
-    rows = [[line.split('"tokens"')[0] for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("whole", "part")]
+    rows = [[line.split('"tokens"')[0] for line in (tmp_path / name / "metrics.jsonl").open()]
+            for name in ("whole", "part")]
     assert rows[0] == rows[1] and len(rows[0]) == STEPS, "each step's numbers are there once, and the same"
 
 
@@ -125,7 +127,8 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
 
 def test_a_run_whose_every_update_is_refused_is_diverged(tmp_path):
     def broken(model, batch, key):
-        return {name: trainer.Mean(mean.total * np.nan, mean.weight) for name, mean in losses.next_token(model, batch, key).items()}
+        metrics = losses.next_token(model, batch, key)
+        return {name: trainer.Mean(mean.total * np.nan, mean.weight) for name, mean in metrics.items()}
 
     status, it = run(tmp_path, steps=trainer.PATIENCE + 10, loss=broken)
     assert status == "diverged" and it.done <= trainer.PATIENCE + 2

@@ -50,7 +50,8 @@ def rows(seed: int = 0, *, batch: int = 8, lengths=(6, 7), padding: int = 3, voc
     draw = lambda high: rng.integers(1, high, (batch, T)).astype(np.int32)
     return dict(tokens=draw(vocab), targets=draw(vocab), segments=every(segments), positions=every(positions),
                 weights=(every(segments) > 0) * rng.uniform(0.5, 1.5, (batch, T)).astype(np.float32),
-                types=draw(3) - 1, pair_targets=draw(3) - 1, pair_weights=np.eye(1, T, dtype=np.float32).repeat(batch, 0))
+                types=draw(3) - 1, pair_targets=draw(3) - 1,
+                pair_weights=np.eye(1, T, dtype=np.float32).repeat(batch, 0))
 
 
 def pairs(seed: int = 0, **changes) -> dict:

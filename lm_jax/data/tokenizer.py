@@ -71,8 +71,8 @@ def load(folder: str) -> Tokenizer:
         raise DataError(f"no whole tokenizer in {folder}: {error}; delete the store's manifest.json to build it "
                         "again") from error
     if tokenizer.digest != saved["digest"]:
-        raise DataError(f"the tokenizer in {folder} is not the one saved there: delete the store's manifest.json to build "
-                        "it again")
+        raise DataError(f"the tokenizer in {folder} is not the one saved there: delete the store's manifest.json to "
+                        "build it again")
     return tokenizer
 
 
