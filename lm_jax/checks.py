@@ -18,7 +18,7 @@ def impossible(c):
     yield from _model(c.model)
     yield from _data(c.data)
     yield from _objective(c.model, c.data)
-    yield from _optim(c.optim, c.train.steps)
+    yield from _optim(c.optim)
     yield from _train(c.train)
     yield from _mesh(vars(c.mesh))
 
@@ -166,10 +166,7 @@ def _objective(m, d):
                "latter")
 
 
-def _optim(o, steps):
-    if 0 < steps <= o.warmup:
-        yield (f"optim.warmup={o.warmup} with train.steps={steps}: the peak is never reached: lower optim.warmup below "
-               "train.steps")
+def _optim(o):
     if len(o.betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in o.betas):
         yield f"optim.betas={o.betas!r}: two numbers, at least 0 and below 1"
 

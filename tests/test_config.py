@@ -117,7 +117,6 @@ TWO = dict(data__sources="stdlib; text:corpus/*.txt")
     (dict(model__rope=dict(fraction=1.5)), "a share between 0 and 1"),
     (dict(model__rope=dict(scaling="yarn", factor=2.0), model__positions="alibi"), "only 'rope' can be scaled"),
     (dict(model__types=2), "set model.types=0"),
-    (dict(train__steps=100), "lower optim.warmup below train.steps"),
     (dict(model__dropout=1.0), "below 1"),
     (dict(optim__ema=1.0), "below 1"),
 ], ids=lambda value: None if isinstance(value, str) else "-".join(value))

@@ -42,12 +42,14 @@ def manifest(recipe: Pretraining, mesh: dict, before: dict | None) -> dict:
 def headline(recipe: Pretraining, mesh: dict) -> str:
     """One line on what is about to be trained, on what, from what."""
     c, n = recipe.config, flops.parameters(recipe.model_config)
+    short = "" if c.optim.warmup < c.train.steps else (
+        f"\nthe warm-up of {c.optim.warmup} steps is not over when the run is: the peak learning rate is not reached")
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
     rows = c.train.batch * c.train.steps
     return (f"{c.name}: {n['total']:,} parameters ({n['non_embedding']:,} without embeddings), "
             f"{_flops_per_token(recipe):.3g} FLOPs a token; {jax.devices()[0].device_kind}, {axes}, {recipe.model_config.dtype}; "
             f"{c.train.steps:,} steps of {c.train.batch} rows of {sum(row_lengths(c)):,} tokens: "
-            f"{rows / recipe.rows_available:.2f} passes over {recipe.store.manifest['name']}")
+            f"{rows / recipe.rows_available:.2f} passes over {recipe.store.manifest['name']}{short}")
 
 
 def summary(recipe: Pretraining, run, status: str, results: dict, wall: float) -> dict:
