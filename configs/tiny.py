@@ -11,7 +11,6 @@ def get_config():
     c.model.dtype = "float32"  # CPUs compute bfloat16 in slow motion
     c.data.vocab = 4096  # half of the default, whose table would outweigh the rest
     c.data.length = 256
-    c.data.validation = 0.03
     c.model.heads, c.model.head_size = 3, 64  # half the attention of six heads, and no worse here
     c.optim.name = "muon"  # at equal steps 14 % fewer bits per byte than AdamW
     c.optim.lr = 1e-2

@@ -1,4 +1,4 @@
-"""One cross-entropy for every pretraining objective: causal, prefix, masked and span-corrupted data differ in the batch alone."""
+"""One cross-entropy for every pretraining objective: causal, prefix, masked and corrupted data differ in the batch."""
 
 import jax
 import jax.numpy as jnp
@@ -49,14 +49,15 @@ def row_sums(model, batch: Batch) -> dict[str, jax.Array]:
     if model.pooler is not None:
         pair_B, pair_right_B = _pair_scores(model, x_BTD, batch)
         real_B = parallel.constrain(batch["pair_weights"], "BS")[:, 0]
-        pairs = {"pair_nll": (pair_B * real_B).sum(), "pair_right": (pair_right_B * real_B).sum(), "pairs": real_B.sum()}
-    return pairs | {"bytes": (batch["bytes"] * batch["weights"]).sum(), "nll": nll_B.sum(), "weight": weight_B.sum(), "right": (right_BT * batch["weights"]).sum(),
-            "nll2": jnp.square(nll_B).sum(), "nll_weight": (nll_B * weight_B).sum(), "weight2": jnp.square(weight_B).sum(),
-            "rows": (weight_B > 0).sum()}
+        pairs = {"pair_nll": pair_B * real_B, "pair_right": pair_right_B * real_B, "pairs": real_B}
+    weighed = {"right": right_BT * batch["weights"], "bytes": batch["bytes"] * batch["weights"]}
+    rows = {"nll": nll_B, "weight": weight_B, "rows": weight_B > 0, "nll2": nll_B**2, "nll_weight": nll_B * weight_B,
+            "weight2": weight_B**2}
+    return {name: values.sum() for name, values in (pairs | weighed | rows).items()}
 
 
 def token_scores(model, x_BTD, targets_BT):
-    """Per token, [B, T] in float32: cross-entropy, log-partition, mean cross-entropy over all tokens, and whether right.
+    """Per token, [B, T] in float32: cross-entropy, log-partition, mean of it over the vocabulary, whether right.
 
     Logits are made for one chunk of tokens at a time and again in the backward pass, so that a large vocabulary never
     needs more than `CHUNK` of them; small ones are made once.

@@ -77,7 +77,7 @@ class Meter:
 
 
 class Profile:
-    """A trace of `PROFILED` steps from step `first` on, in <workdir>/profile, for TensorBoard or Perfetto; 0 is none."""
+    """A trace of `PROFILED` steps from step `first` on, in <workdir>/profile, for TensorBoard or Perfetto; 0: none."""
 
     def __init__(self, first: int, workdir):
         self.first, self.folder, self.running = first, str(workdir.path / "profile"), False

@@ -17,7 +17,7 @@ from lm_jax.config import ConfigError, MeshConfig
 
 AXES = ("replica", "data", "fsdp", "expert", "sequence", "model")  # slowest network first
 WEIGHTS = dict(D="fsdp", V="model", F="model", N="model", K="model", E="expert")  # letters not listed: replicated
-# Rows are split over the expert axis too: no device does another's work, and a table of experts is gathered for its use.
+# Rows are split over the expert axis too: no device does another's work; tables of experts are gathered for their use.
 ACTIVATIONS = dict(B=("replica", "data", "fsdp", "expert"), T="sequence", V="model", F="model", N="model", K="model")
 
 
@@ -40,7 +40,7 @@ def use(config: MeshConfig):
 
 
 def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
-    """The mesh of `config` over `devices` (default: all), with `-1` taking what is left; ConfigError if it cannot be."""
+    """The mesh of `config` over `devices` (default: all), -1 taking what is left; ConfigError if it cannot be."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
@@ -54,7 +54,8 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ConfigError(f"mesh {sizes}: sizes of at least 1, and -1 for at most one axis")
     if devices % fixed or (not free and devices != fixed):
-        raise ConfigError(f"mesh {sizes} wants {'a multiple of ' if free else ''}{fixed} devices and there are {devices}: "
+        wanted = f"a multiple of {fixed}" if free else fixed
+        raise ConfigError(f"mesh {sizes} wants {wanted} devices and there are {devices}: "
                           f"set one axis to -1, or sizes whose product is {devices}")
     return sizes | {axis: devices // fixed for axis in free}
 
@@ -70,7 +71,7 @@ def activation(letters: str, shape: tuple[int, ...]) -> PartitionSpec | None:
 
 
 def gather(w, letters: str):
-    """A weight with the shards of its rows' axes brought together, as the matmul wants it; its gradient is scattered."""
+    """A weight with the shards over the rows' axes brought together, for a matmul; its gradient is scattered again."""
     spec = weight(letters, w.shape)
     if spec is None:
         return w
@@ -90,7 +91,7 @@ def like(x) -> PartitionSpec | None:
 
 
 def per_rows(f, x_BTD, *per_token, tables):
-    """`f(x_BTD, *per_token, *tables)` on each device's own rows and its shard of F; what it makes is summed over F's axis.
+    """`f(x_BTD, *per_token, *tables)` on each device's own rows and its shard of F, summed over F's axis.
 
     For work that must not cross rows (sorting tokens by expert). `tables` have letters EDF or EFD; every device sees
     all experts, gathered as the rows' axes are.
@@ -120,7 +121,8 @@ def put_batch(batch):
 
     def put(x):
         shape = (x.shape[0] * hosts, *x.shape[1:])
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, activation("BT", shape)), np.asarray(x), shape)
+        sharding = NamedSharding(mesh, activation("BT", shape))
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape)
 
     return jax.tree.map(put, batch)
 

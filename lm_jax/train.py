@@ -2,9 +2,10 @@
 
     python -m lm_jax.train --config=configs/tiny.py
 
-The same command goes on where the last one ended. The folder (`--workdir`, default runs/<config name>) gets config.json,
-manifest.json, metrics.jsonl, checkpoints/, plots/loss.png and summary.json. Exit codes: 0 done, 2 the config cannot run,
-74 no room on a disk, 75 stopped by a signal and saved, 77 data are damaged, 78 diverged, 79 no checkpoint is intact.
+The same command goes on where the last one ended. The folder (`--workdir`, default runs/<config name>) gets
+config.json, manifest.json, metrics.jsonl, checkpoints/, plots/loss.png and summary.json. Exit codes: 0 done, 2 the
+config cannot run, 74 no room on a disk, 75 stopped by a signal and saved, 77 data are damaged, 78 diverged, 79 no
+checkpoint is intact.
 """
 
 import math

@@ -139,7 +139,7 @@ class Trainer:
         self.checkpoints.save(self.done, _saved(self.state), extra)
 
     def fit(self) -> str:
-        """Train; returns "ok", "stopped" (by a signal) or "diverged" (every update refused). The last state is saved."""
+        """Train; returns "ok", "stopped" (by a signal) or "diverged" (every update refused); saved."""
         c, status = self.config.train, "ok"
         hooks = (Every(c.checkpoint_every, self.save), *self.recipe.hooks)
         with _signals() as stop, self.recipe.batches(self.done) as batches, Profile(c.profile, self.workdir) as profile:

@@ -49,7 +49,7 @@ def visible(query: Layout, key: Layout, *, causal: bool, window=0):
 
 
 def xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, softcap=0.0, bias_BNTS=None, sinks_N=None, drop=lambda p: p):
-    """Softmax attention in plain XLA, logits in float32; every switch of the house is honoured. Returns [B, T, N, H]."""
+    """Softmax attention in plain XLA, logits in float32; it honours every switch of the house. [B, T, N, H]."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = _reshape(q_BTNH, (B, T, K, N // K, H), "BTKGH")
@@ -82,7 +82,7 @@ class Attention(nnx.Module):
     def __init__(self, cfg: TransformerConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         inner, outer = cfg.bias in ("qkv", "all"), cfg.bias == "all"
-        even = 1 / (cfg.attention_scale * cfg.sizes["H"] ** 0.5) if cfg.attention_scale else 1.0  # q.k starts at about 1
+        even = 1 / (attention_scale(cfg) * cfg.sizes["H"] ** 0.5)  # scaled products start at about 1, T5's too
         self.query = Einsum("BTD,DNH->BTNH", cfg, rngs=rngs, bias=inner, gain=even)
         self.key = Einsum("BTD,DKH->BTKH", cfg, rngs=rngs, bias=inner)
         self.value = Einsum("BTD,DKH->BTKH", cfg, rngs=rngs, bias=inner)

@@ -122,7 +122,8 @@ def _matmul_backward(equation, dtype, saved, dy):
     x, w = saved
     into, letters, out = re.split(",|->", equation)
     dy = dy.astype(x.dtype)
-    dx = _einsum(f"{out},{letters}->{into}", dy, parallel.gather(w.astype(x.dtype), letters), parallel.activation, into, x.dtype)
+    whole = parallel.gather(w.astype(x.dtype), letters)
+    dx = _einsum(f"{out},{letters}->{into}", dy, whole, parallel.activation, into, x.dtype)
     dw = _einsum(f"{into},{out}->{letters}", x, dy, parallel.weight, letters, w.dtype)
     return dx, dw
 
@@ -188,7 +189,7 @@ def depth_ratio(cfg: TransformerConfig) -> float:
 
 
 def residual_gain(cfg: TransformerConfig) -> float:
-    """Initial scale of what is added to the residual stream: 1/sqrt(2L) keeps its size (GPT-2); L is the base's in muP."""
+    """Initial scale of what joins the residual stream: 1/sqrt(2L) keeps its size (GPT-2); L is the base's in muP."""
     return (2 * cfg.depth / depth_ratio(cfg)) ** -0.5
 
 

@@ -43,7 +43,10 @@ class MoE(nnx.Module):
 
 
 def _experts(act, x_BTD, gates_BTA, chosen_BTA, *tables):
-    """The weighted sum of each token's experts: sort token-expert pairs by expert, one ragged matmul a table, sort back."""
+    """Each token's experts, weighed and summed: sort token-expert pairs by expert, a ragged matmul a table, sort back.
+
+    XLA's CPU backend computes every expert for every pair and masks: right, but E times the work.
+    """
     B, T, D = x_BTD.shape
     A = chosen_BTA.shape[-1]
     order = jnp.argsort(chosen_BTA.reshape(-1), stable=True)
@@ -58,7 +61,7 @@ def _experts(act, x_BTD, gates_BTA, chosen_BTA, *tables):
 
 
 def _router_losses(moe, logits_BTE, probs_BTE, chosen_BTA, real_BT):
-    """Balance (DeepSeek-V3 eq. 17-20) and router-z (ST-MoE eq. 5), already weighed, [B]: per row, so that they add up."""
+    """Balance (DeepSeek-V3 eq. 17-20) and router-z (ST-MoE eq. 5), weighed, [B]: per row, so that they add up."""
     tokens_B = jnp.maximum(real_BT.sum(1), 1)
     visits_BE = (jax.nn.one_hot(chosen_BTA, moe.experts).sum(2) * real_BT[..., None]).sum(1)
     share_BE = visits_BE * moe.experts / moe.top_k / tokens_B[:, None]

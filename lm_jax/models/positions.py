@@ -105,7 +105,7 @@ def buckets(distance_BTS, *, causal: bool, count: int, farthest: int = 128):
 
 
 def alibi(distance_BTS, heads: int):
-    """ALiBi's bias [B, N, T, S]: a slope per head times the distance, the slopes a geometric series (Press et al. 2022)."""
+    """ALiBi's bias [B, N, T, S]: the distance times a slope per head, a geometric series (Press et al. 2022)."""
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]

@@ -93,13 +93,14 @@ class Stack(nnx.Module):
         slots = jax.tree.map(lambda a_BT: parallel.constrain(a_BT, "BS"), slots)
         cross_mask = None if source is None else visible(layout, source, causal=False)
         angles = positions.rotary(cfg, layout.positions_BT) if cfg.positions == "rope" else None
-        bias = self.bias(layout, slots) if self.bias else alibi(cfg, layout, slots) if cfg.positions == "alibi" else None
+        bias = alibi(cfg, layout, slots) if cfg.positions == "alibi" else self.bias and self.bias(layout, slots)
         at = 0 if cache is None else cache.at
 
         def layer(x_BTD, scanned):
             block, window, kv, memory_kv, key = scanned
             mask_BTS = visible(layout, slots, causal=self.causal, window=window if cfg.window else 0)
-            attend = lambda attention, x, key: attention(x, mask_BTS, angles=angles, bias_BNTS=bias, cache=kv, at=at, key=key)
+            attend = lambda attention, x, key: attention(
+                x, mask_BTS, angles=angles, bias_BNTS=bias, cache=kv, at=at, key=key)
             if memory is not None and memory_kv is None:
                 memory_kv = block.cross.project(memory)
             x_BTD, kv_new, router = block(x_BTD, attend, memory_kv, cross_mask, layout.segments_BT > 0, key=key)
@@ -223,4 +224,5 @@ def root(cfg: TransformerConfig) -> float:
 def _written(cache: Cache, layout: Layout) -> Layout:
     """The slots' layout with a row's written at the next free slot."""
     layout = jax.tree.map(lambda a_BT: parallel.constrain(a_BT, "BS"), layout)
-    return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.at, axis=1), cache.slots, layout)
+    write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.at, axis=1)
+    return jax.tree.map(write, cache.slots, layout)

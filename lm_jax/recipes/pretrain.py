@@ -51,7 +51,7 @@ class Pretraining:
             derived=self._derived)
 
     def _derived(self, row: dict) -> dict:
-        """Bits per byte of a causal step, by the mean length of a token: what is masked or spanned compresses no text."""
+        """Bits per byte of a causal step, by the mean length of a token; other objectives compress no text."""
         if self.config.data.objective != "causal":
             return {}
         return {"bits_per_byte": row["loss"] / math.log(2) / self.bytes_per_token}
@@ -95,7 +95,7 @@ class Evaluation:
         return _total({key: float(value) for key, value in one.items()} for one in jax.device_get(sums))
 
     def _truth(self, tag, sums):
-        """A perfect model's mean loss on the validation documents, where the source knows it and rows hold them whole."""
+        """A perfect model's mean loss on the validation documents, if the source knows it and rows hold them whole."""
         split = self.store.manifest["splits"]["validation"][tag]
         data, each = self.config.data, split["tokens"] / split["docs"]
         whole = each == data.length or (data.strategy == "fit" and each <= data.length)
@@ -125,7 +125,7 @@ def sized(config: Config, vocab: int):
     """The model's config with a vocabulary: the tokenizer's, or the config's if that is larger."""
     model = config.model
     if model.vocab and model.vocab < vocab:
-        raise ConfigError(f"model.vocab={model.vocab} is smaller than the tokenizer's {vocab}: set it to {vocab}, or to 0")
+        raise ConfigError(f"model.vocab={model.vocab} is smaller than the tokenizer's {vocab}: set it to {vocab} or 0")
     return replace(model, vocab=model.vocab or vocab)
 
 
@@ -149,6 +149,9 @@ def _result(s) -> dict[str, float]:
     loss, n = s["nll"] / s["weight"], s["rows"]
     residual = max(s["nll2"] - 2 * loss * s["nll_weight"] + loss**2 * s["weight2"], 0.0)
     stderr = math.sqrt(residual * n / (n - 1)) / s["weight"] if n > 1 else math.nan
-    pairs = {"val_pair_loss": s["pair_nll"] / s["pairs"], "val_pair_accuracy": s["pair_right"] / s["pairs"]} if s.get("pairs") else {}
-    return pairs | {"val_loss": loss, "val_loss_stderr": stderr, "val_bits_per_byte": s["nll"] / math.log(2) / max(s["bytes"], 1),
+    pairs = {}
+    if s.get("pairs"):
+        pairs = {"val_pair_loss": s["pair_nll"] / s["pairs"], "val_pair_accuracy": s["pair_right"] / s["pairs"]}
+    bits = s["nll"] / math.log(2)
+    return pairs | {"val_loss": loss, "val_loss_stderr": stderr, "val_bits_per_byte": bits / max(s["bytes"], 1),
             "val_accuracy": s["right"] / s["weight"], "val_tokens": int(s["weight"])}

@@ -47,7 +47,8 @@ def headline(recipe: Pretraining, mesh: dict) -> str:
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
     rows = c.train.batch * c.train.steps
     return (f"{c.name}: {n['total']:,} parameters ({n['non_embedding']:,} without embeddings), "
-            f"{_flops_per_token(recipe):.3g} FLOPs a token; {jax.devices()[0].device_kind}, {axes}, {recipe.model_config.dtype}; "
+            f"{_flops_per_token(recipe):.3g} FLOPs a token; {jax.devices()[0].device_kind}, {axes}, "
+            f"{recipe.model_config.dtype}; "
             f"{c.train.steps:,} steps of {c.train.batch} rows of {sum(row_lengths(c)):,} tokens: "
             f"{rows / recipe.rows_available:.2f} passes over {recipe.store.manifest['name']}{short}")
 
@@ -57,7 +58,8 @@ def summary(recipe: Pretraining, run, status: str, results: dict, wall: float) -
     beside = xz(recipe) if status == "ok" else {}
     final = results.get("all") or next(iter(results.values()), {})
     return {"status": status, "steps": run.done, "tokens": run.done * run.recipe.tokens,
-            "flops": run.done * run.recipe.flops, "seconds": run.meter.seconds, "compile_seconds": run.meter.compile_seconds,
+            "flops": run.done * run.recipe.flops, "seconds": run.meter.seconds,
+            "compile_seconds": run.meter.compile_seconds,
             "wall_seconds": wall, **final,
             "validation": results, **beside}
 
@@ -81,18 +83,20 @@ def sampled(recipe: Pretraining, model) -> str:
 def closing(summary: dict, workdir, argv: list[str]) -> str:
     """The last lines that a user reads: the outcome, and what to do next."""
     command = shlex.join(["python", "-m", "lm_jax.train", *argv[1:]])
-    bare = shlex.join(["python", "-m", "lm_jax.train", *_without(argv[1:], "--workdir", "--config.train.steps", "--config.data.sources")])
+    kept = _without(argv[1:], "--workdir", "--config.train.steps", "--config.data.sources")
+    bare = shlex.join(["python", "-m", "lm_jax.train", *kept])
     lines = []
     if "val_loss" in summary:
         lines = [f"validation loss {summary['val_loss']:.4f} ± {summary['val_loss_stderr']:.4f} nats a token"
                  f" = {summary['val_bits_per_byte']:.3f} bits per byte"]
     if "true_loss" in summary:
-        lines += [f"a perfect model of this source would reach {summary['true_loss']:.4f}: {summary['excess_loss']:.4f} above"]
+        lines += [f"a perfect model of this source reaches {summary['true_loss']:.4f}, this one "
+                  f"{summary['excess_loss']:.4f} more"]
     if "xz_bits_per_byte" in summary:
         lines += [f"xz -9 on the same held-out bytes: {summary['xz_bits_per_byte']:.3f} bits per byte"]
     folder = _shown(workdir.path)
-    lines += [f"{summary['status']}: {summary['steps']:,} steps, {summary['tokens']:,} tokens, {summary['flops']:.3g} FLOPs, "
-              f"{summary['seconds']:.0f} s of training; everything is in {folder}"]
+    lines += [f"{summary['status']}: {summary['steps']:,} steps, {summary['tokens']:,} tokens, {summary['flops']:.3g} "
+              f"FLOPs, {summary['seconds']:.0f} s of training; everything is in {folder}"]
     steps = max(summary["steps"], 1)
     return "\n".join(lines + ["next:"] + {
         "ok": [f"  look at {folder}/plots/loss.png and {folder}/summary.json",
@@ -129,7 +133,8 @@ def _filled(model, batch, tokenizer):
     words = []
     for token, target, guess, hidden in zip(batch["tokens"][0], batch["targets"][0], best, batch["weights"][0]):
         right = tokenizer.decode([target])
-        words.append(right if not hidden else f"[{right}]" if guess == target else f"[{tokenizer.decode([guess])}≠{right}]")
+        wrong = "" if guess == target else f"{tokenizer.decode([guess])}≠"
+        words.append(f"[{wrong}{right}]" if hidden else right)
     return "sample, hidden tokens in brackets, wrong guesses before their ≠:\n" + "".join(words[:4 * PROMPT])
 
 
