@@ -82,9 +82,8 @@ def sampled(recipe: Pretraining, model) -> str:
 
 def closing(summary: dict, workdir, argv: list[str]) -> str:
     """The last lines that a user reads: the outcome, and what to do next."""
-    command = shlex.join(["python", "-m", "lm_jax.train", *argv[1:]])
-    kept = _without(argv[1:], "--workdir", "--config.train.steps", "--config.data.sources")
-    bare = shlex.join(["python", "-m", "lm_jax.train", *kept])
+    command = lambda *less: shlex.join(["python", "-m", "lm_jax.train", *_without(argv[1:], *less)])
+    corpus = ("--config.data.sources", "--config.data.weights", "--config.data.epochs")
     lines = []
     if "val_loss" in summary:
         lines = [f"validation loss {summary['val_loss']:.4f} ± {summary['val_loss_stderr']:.4f} nats a token"
@@ -100,11 +99,13 @@ def closing(summary: dict, workdir, argv: list[str]) -> str:
     steps = max(summary["steps"], 1)
     return "\n".join(lines + ["next:"] + {
         "ok": [f"  look at {folder}/plots/loss.png and {folder}/summary.json",
-               f"  {bare} --workdir={folder}-long --config.train.steps={2 * steps}   # twice as long",
-               f"  {bare} --workdir={folder}-own '--config.data.sources=text:my/*.txt'   # your own text",
+               f"  {command('--workdir', '--config.train.steps')} --workdir={folder}-long "
+               f"--config.train.steps={2 * steps}   # twice as long",
+               f"  {command('--workdir', *corpus)} --workdir={folder}-own '--config.data.sources=text:my/*.txt'"
+               "   # your own text",
                "  python -m lm_jax.train --config=configs/tiny_bert.py   # an encoder; tiny_t5.py has both"],
-        "stopped": [f"  {command}   # the same command goes on at step {summary['steps']:,}"],
-        "diverged": [f"  {bare} --workdir={folder}-calm --config.optim.lr=...   # a lower learning rate, more warm-up"],
+        "stopped": [f"  {command()}   # the same command goes on at step {summary['steps']:,}"],
+        "diverged": [f"  {command('--workdir')} --workdir={folder}-calm --config.optim.lr=...   # lower, and more warm-up"],
     }[summary["status"]])
 
 

@@ -1,0 +1,38 @@
+"""What a run says at its end can be typed as it stands."""
+
+import pathlib
+import shlex
+
+import pytest
+
+from lm_jax.recipes import report
+from lm_jax.workdir import Workdir
+
+OUTCOME = dict(steps=30, tokens=1000, flops=1e9, seconds=2.0)
+SOURCES = "--config.data.sources=text:my poems/*.txt; stdlib"
+
+
+def commands(status, *arguments):
+    """The commands that the last lines offer, split as a shell splits them."""
+    text = report.closing(OUTCOME | {"status": status}, Workdir(pathlib.Path.cwd() / "runs" / "x"), ["train", *arguments])
+    return [shlex.split(line, comments=True) for line in text.splitlines() if "lm_jax.train" in line]
+
+
+def test_a_longer_run_reads_the_same_text_and_another_text_replaces_it():
+    given = ("--config=configs/tiny.py", SOURCES, "--config.data.weights=(1,1)", "--workdir", "runs/x", "--config.train.steps=30")
+    longer, other, _ = commands("ok", *given)
+    assert longer[3:] == ["--config=configs/tiny.py", SOURCES, "--config.data.weights=(1,1)", "--workdir=runs/x-long",
+                          "--config.train.steps=60"]
+    assert other[3:] == ["--config=configs/tiny.py", "--config.train.steps=30", "--workdir=runs/x-own",
+                         "--config.data.sources=text:my/*.txt"]
+
+
+def test_a_stopped_run_goes_on_with_the_very_same_command():
+    given = ["--config=configs/tiny.py", SOURCES, "--workdir=runs/x"]
+    assert commands("stopped", *given) == [["python", "-m", "lm_jax.train", *given]]
+
+
+@pytest.mark.parametrize("status", ["ok", "stopped", "diverged"])
+def test_the_outcome_is_said_first(status):
+    text = report.closing(OUTCOME | {"status": status}, Workdir("runs/x"), ["train", "--config=configs/tiny.py"])
+    assert text.startswith(f"{status}: 30 steps, 1,000 tokens, 1e+09 FLOPs")
