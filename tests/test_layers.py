@@ -55,14 +55,16 @@ def test_an_einsum_starts_at_one_over_the_root_of_its_fan_in_and_adds_its_bias()
         assert float(layer(jnp.zeros((1, 1, *(cfg.sizes[a] for a in equation.split(",")[0][2:])))).mean()) == 3.0
 
 
-def test_one_number_sets_every_tables_and_matrixs_initial_std():
-    cfg = tiny.settings("encoder", init_std=0.3, width=64, vocab=512)
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+def test_one_number_sets_every_tables_and_matrixs_initial_std(family):
+    cfg = tiny.settings(family, init_std=0.3, width=64, vocab=512)
     params = nnx.to_pure_dict(nnx.state(Transformer(cfg, rngs=nnx.Rngs(0)), nnx.Param))
     block = params["decoder"]["blocks"]
     for w in (params["embed"]["table"], block["attention"]["query"]["w"], block["mlp"]["up"]["w"]):
         assert float(w.std()) == pytest.approx(0.3, rel=0.05)
-    for w in (block["attention"]["out"]["w"], block["mlp"]["down"]["w"]):  # what the residual adds (GPT-2)
-        assert float(w.std()) == pytest.approx(0.3 / math.sqrt(2 * cfg.depth), rel=0.05)
+    added = 0.3 if cfg.norm_place == "post" else 0.3 / math.sqrt(2 * cfg.depth)  # as in BERT; as in GPT-2
+    for w in (block["attention"]["out"]["w"], block["mlp"]["down"]["w"]):
+        assert float(w.std()) == pytest.approx(added, rel=0.05)
 
 
 def test_layers_start_different_from_each_other():

@@ -189,7 +189,12 @@ def depth_ratio(cfg: TransformerConfig) -> float:
 
 
 def residual_gain(cfg: TransformerConfig) -> float:
-    """Initial scale of what joins the residual stream: 1/sqrt(2L) keeps its size (GPT-2); L is the base's in muP."""
+    """Initial scale of what joins the residual stream: 1/sqrt(2L) keeps its size (GPT-2); L is the base's in muP.
+
+    A norm after each sum keeps it anyway, and BERT's matrices all start alike.
+    """
+    if cfg.norm_place == "post":
+        return 1.0
     return (2 * cfg.depth / depth_ratio(cfg)) ** -0.5
 
 
