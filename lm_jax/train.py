@@ -35,7 +35,7 @@ def main(argv):
     plan = recipe.recipe((pretrain.evaluate_every(c, evaluation),))
     with trainer.Trainer(c, recipe.model(), plan, workdir) as run:
         workdir.write_json("manifest.json", report.manifest(recipe, mesh, workdir.read_json("manifest.json")))
-        run.log.say(report.headline(recipe, mesh))
+        run.log.say(report.headline(recipe, mesh, run.state.model))
         status, results = run.fit(), {}
         if status == "ok":
             results = evaluation(trainer.evaluated(run.state), 0)

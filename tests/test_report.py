@@ -3,8 +3,12 @@
 import pathlib
 import shlex
 
+import jax
 import pytest
 
+import tiny
+from lm_jax import config, parallel
+from lm_jax.models import transformer
 from lm_jax.recipes import report
 from lm_jax.workdir import Workdir
 
@@ -36,3 +40,10 @@ def test_a_stopped_run_goes_on_with_the_very_same_command():
 def test_the_outcome_is_said_first(status):
     text = report.closing(OUTCOME | {"status": status}, Workdir("runs/x"), ["train", "--config=configs/tiny.py"])
     assert text.startswith(f"{status}: 30 steps, 1,000 tokens, 1e+09 FLOPs")
+
+
+def test_what_a_mesh_does_not_divide_is_said():
+    with jax.set_mesh(parallel.make_mesh(config.MeshConfig(model=8, fsdp=1))):
+        model = transformer.make(tiny.settings(depth=1, kv_heads=2), seed=0)
+        assert report._replicated(model) == "K 2, N 4"
+    assert report._replicated(model) == "", "without a mesh there is nothing to divide"

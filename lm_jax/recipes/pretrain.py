@@ -91,8 +91,9 @@ class Evaluation:
         lengths = self.store.tokenizer.byte_lengths
         batches = ({**batch, "bytes": lengths[batch["targets"]].astype(np.float32)}
                    for batch in validation(self.store, self.config.data, tag, batch=most, rows=rows, **hosts))
-        sums = [self.sums(model, parallel.put_batch(batch)) for batch in batches]
-        return _total({key: float(value) for key, value in one.items()} for one in jax.device_get(sums))
+        # one program at a time: on CPU devices many at once wait for each other's threads and may never end
+        sums = (jax.device_get(self.sums(model, parallel.put_batch(batch))) for batch in batches)
+        return _total({key: float(value) for key, value in one.items()} for one in sums)
 
     def _truth(self, tag, sums):
         """A perfect model's mean loss on the validation documents, if the source knows it and rows hold them whole."""
