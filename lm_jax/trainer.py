@@ -142,12 +142,12 @@ class Trainer:
         """Train; returns "ok", "stopped" (by a signal) or "diverged" (every update refused); saved."""
         c, status = self.config.train, "ok"
         hooks = (Every(c.checkpoint_every, self.save), *self.recipe.hooks)
+        key = jax.random.key(self.config.seed)
         with _signals() as stop, self.recipe.batches(self.done) as batches, Profile(c.profile, self.workdir) as profile:
             while self.done < c.steps and status == "ok":
                 profile.before(self.done + 1)
                 batch = parallel.put_batch(self.meter.waited(batches))
-                key = jax.random.fold_in(jax.random.key(self.config.seed), self.done)
-                self.state, metrics = self.step(self.state, batch, key)
+                self.state, metrics = self.step(self.state, batch, jax.random.fold_in(key, self.done))
                 self.done += 1
                 self.meter.sent(self.done, metrics)
                 self.checkpoints.poll()

@@ -70,7 +70,7 @@ def best_fit(lengths, window):
     values, counts = np.unique(-lengths, return_counts=True)
     left = [[] for _ in range(window + 1)]  # rows by the positions they have left, as arrays
     some = np.zeros(window + 1, bool)
-    taken, rows, used = [], 0, 0
+    taken, rows = [], 0
     for size, count in zip((-values).tolist(), counts.tolist()):
         while count:
             ahead = some[size:]
