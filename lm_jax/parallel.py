@@ -142,9 +142,15 @@ def replicated_letters(letters: str, shape: tuple[int, ...]) -> str:
     return "".join(a for a, n in zip(letters, shape) if a in WEIGHTS and n % sizes.get(WEIGHTS[a], 1))
 
 
+def platform() -> str:
+    """What programs are traced for ("cpu", "gpu", "tpu"): the devices of the mesh in use, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform) if device else jax.default_backend()
+
+
 def on_cpu() -> bool:
     """Whether programs run on CPUs, where scans are better unrolled and bfloat16 products accumulated in float32."""
-    return jax.default_backend() == "cpu"
+    return platform() == "cpu"
 
 
 def local_size(letters: str, shape: tuple[int, ...]) -> int:
