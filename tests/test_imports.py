@@ -13,14 +13,14 @@ FILES = sorted((ROOT / "lm_jax").rglob("*.py"))
 
 # From the bottom up. A module may import what is below it and the rest of its own package.
 LAYERS = (
-    ("errors", "checks", "disk"),
+    ("errors", "checks", "disk", "devices"),
     ("config",),
-    ("parallel", "batch", "seal", "workdir"),
+    ("parallel", "hosts", "batch", "seal", "workdir"),
     ("data", "models"),
     ("losses", "surgery", "optim", "checkpoint", "log", "plots", "hub"),
     ("meter",),
     ("trainer", "inference"),
-    ("recipes", "scaling"),
+    ("recipes", "scaling", "preflight"),
     ("prepare", "train", "plan", "sweep", "fit", "bench", "evaluate", "generate", "convert", "serve"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
