@@ -86,14 +86,14 @@ def test_initial_weights_do_not_depend_on_the_mesh():
 
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
-LARGE = ("1b", "8b", "moe")
+LARGE = {"1b": 256, "8b": 256, "moe": 256, "70b": 512}  # devices
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_traces_on_its_mesh(path):
     """The whole loss and its gradient by types alone: nothing is allocated, and a wrong layout is an error here."""
     c = config.resolve(runpy.run_path(str(path))["get_config"]())
-    sizes = parallel.mesh_sizes(c.mesh, 256 if path.stem in LARGE else 8)
+    sizes = parallel.mesh_sizes(c.mesh, LARGE.get(path.stem, 8))
     m = dataclasses.replace(c.model, vocab=c.model.vocab or c.data.vocab)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
     with jax.sharding.use_abstract_mesh(mesh):

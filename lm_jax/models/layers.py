@@ -8,9 +8,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax import parallel
 from lm_jax.config import TransformerConfig
+
+PRODUCT = "product"  # name of every Einsum's output, by which remat may choose to keep it
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Einsum(nnx.Module):
 
     def __call__(self, x, dtype=None):
         """`x` through the equation, in `dtype` (default: that of `x`)."""
-        y = matmul(self.equation, dtype or x.dtype, x, self.w[...])
+        y = checkpoint_name(matmul(self.equation, dtype or x.dtype, x, self.w[...]), PRODUCT)
         return y if self.b is None else y + self.b[...].astype(y.dtype)
 
 

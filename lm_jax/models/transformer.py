@@ -12,7 +12,7 @@ from lm_jax.batch import Batch
 from lm_jax.config import TransformerConfig
 from lm_jax.models import heads, positions
 from lm_jax.models.attention import Attention, Layout, RelativeBias, alibi, visible
-from lm_jax.models.layers import MLP, Einsum, Embed, Norm, depth_ratio, dropout, width_ratio
+from lm_jax.models.layers import MLP, PRODUCT, Einsum, Embed, Norm, depth_ratio, dropout, width_ratio
 from lm_jax.models.moe import MoE
 
 
@@ -124,7 +124,7 @@ class Stack(nnx.Module):
 REMAT = {
     "none": lambda f: f,
     "full": partial(jax.checkpoint, prevent_cse=False),
-    "dots": partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT)),
 }
 
 
