@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import re
 import resource
 import secrets
 import sys
@@ -15,23 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lm_jax.config import ConfigError
 from lm_jax.workdir import Workdir, plain
-
-# Peak of one JAX device in dense bfloat16, FLOP/s, by a part of its `device_kind` (makers' data sheets). A TPU chip of
-# v2, v3 or 7 is two devices, each with half of its peak.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v4 lite": 138e12, "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
-    "TPU7": 1153.5e12, "TPU7x": 1153.5e12,
-    "A100": 312e12, "L4": 121e12, "L40S": 362e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
-    "H200": 989e12, "H200 NVL": 835e12, "GH200": 989e12, "B200": 2250e12, "GB200": 2500e12, "MI300X": 1307e12,
-}
-
-
-def peak_flops(kind: str) -> float | None:
-    """Peak of a device kind, or None for one that is not in the table: no MFU is better than a guess."""
-    names = [name for name in PEAK_FLOPS if re.search(rf"\b{name}\b", kind)]
-    return PEAK_FLOPS[max(names, key=len)] if names and "MIG" not in kind else None  # MIG: a part of a device
-
 
 def peak_memory() -> dict[str, int]:
     """Most bytes ever in use: of this process, and of its fullest device where the backend tells."""

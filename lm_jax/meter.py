@@ -7,7 +7,8 @@ from typing import Callable
 import jax
 import numpy as np
 
-from lm_jax.log import Log, peak_flops, peak_memory
+from lm_jax.devices import peak_flops
+from lm_jax.log import Log, peak_memory
 
 PROFILED = 5  # steps in a profile
 

@@ -1,0 +1,31 @@
+"""The table of accelerators: what JAX calls a device finds its row, and what is not known is not guessed."""
+
+import pytest
+
+from lm_jax.devices import DEVICES, GIB, TABLE, of_kind, peak_flops, priced
+
+
+def test_a_device_that_is_not_in_the_table_has_no_peak():
+    assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5") == 459e12 and peak_flops("TPU7x") == 1153.5e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("NVIDIA GB200") == 2500e12
+    for kind in ("cpu", "TPU v9", "TPU v4 lite", "NVIDIA RTX A1000", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"):
+        assert peak_flops(kind) is None
+
+
+@pytest.mark.parametrize("device", TABLE, ids=lambda device: device.name)
+def test_every_row_is_found_by_the_names_jax_gives_it(device):
+    assert all(of_kind(kind if device.platform == "tpu" else f"NVIDIA {kind} 80GB") is device for kind in device.kinds)
+    assert device.name in DEVICES and device.dollars > 0 and device.flops >= device.flops32 > 1e13
+    assert GIB < device.memory < 1e12 and device.memory_rate > device.link > device.network
+
+
+def test_a_chip_of_two_devices_is_counted_once():
+    v7x = DEVICES["v7x"]
+    assert v7x.per_chip == 2 and peak_flops("TPU7x") == v7x.flops / 2
+    assert DEVICES["v5p"].per_chip == 1 and DEVICES["v5p"].cores == 2, "two cores that JAX sees as one"
+
+
+def test_a_price_of_ones_own_replaces_the_list_price():
+    assert priced(DEVICES["v5p"], {"v5p": 2.0}).dollars == 2.0
+    assert priced(DEVICES["v5e"], {"v5p": 2.0}) == DEVICES["v5e"]
