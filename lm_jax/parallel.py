@@ -7,10 +7,10 @@ is silent and arrays live where JAX puts them.
 """
 
 import math
-import os
+from functools import partial
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lm_jax.config import ConfigError, MeshConfig
@@ -19,15 +19,6 @@ AXES = ("replica", "data", "fsdp", "expert", "sequence", "model")  # slowest net
 WEIGHTS = dict(D="fsdp", V="model", F="model", N="model", K="model", E="expert")  # letters not listed: replicated
 # Rows are split over the expert axis too: no device does another's work; tables of experts are gathered for their use.
 ACTIVATIONS = dict(B=("replica", "data", "fsdp", "expert"), T="sequence", V="model", F="model", N="model", K="model")
-
-
-def start():
-    """Set JAX up for a main: join the other hosts of a TPU slice; keep compiled programs in ~/.cache/lm_jax unless
-    JAX_COMPILATION_CACHE_DIR says where."""
-    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/lm_jax/xla"))
 
 
 def use(config: MeshConfig):
@@ -40,10 +31,23 @@ def use(config: MeshConfig):
 
 
 def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
-    """The mesh of `config` over `devices` (default: all), -1 taking what is left; ConfigError if it cannot be."""
+    """The mesh of `config` over `devices` (default: all), -1 taking what is left; ConfigError if it cannot be.
+
+    TPU slices, which a slower network joins, lie along `replica`, and a slice's devices as its torus has them; GPUs in
+    the order of their nodes, whose own are neighbours along the last axes.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if sizes["replica"] % slices:
+        raise ConfigError(f"mesh.replica={sizes['replica']} over {slices} TPU slices: set mesh.replica={slices}, or a "
+                          "multiple, since only whole copies of a run are joined by the network between slices")
+    laid = partial(_laid, tuple(sizes.values()), slices, devices)
+    try:
+        grid = laid(split=False)
+    except NotImplementedError:  # the torus has no axis, or product of axes, of some size
+        grid = laid(split=True)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
@@ -112,19 +116,29 @@ def per_rows(f, x_BTD, *per_token, tables):
         x_BTD, *per_token, *tables)
 
 
-def put_batch(batch):
-    """Host arrays [B, T] of this process's rows -> global arrays, rows and tokens laid out as activations."""
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return jax.tree.map(jax.numpy.asarray, batch)
-    hosts = jax.process_count()
+def per_shard(f, *arrays, letters: str):
+    """`f(*arrays)` on each device's own shards, laid out as activations with these letters ("BTNH BSKH .."); the
+    result is laid out as the first array. For kernels that the compiler cannot split."""
+    if not _axis_sizes():
+        return f(*arrays)
+    specs = tuple(activation(each, x.shape) for each, x in zip(letters.split(), arrays, strict=True))
+    arrays = [jax.sharding.reshard(x, spec) for x, spec in zip(arrays, specs)]
+    return jax.shard_map(f, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)  # kernels say no vma
 
-    def put(x):
-        shape = (x.shape[0] * hosts, *x.shape[1:])
-        sharding = NamedSharding(mesh, activation("BT", shape))
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape)
 
-    return jax.tree.map(put, batch)
+def key_heads(x, letters: str, N: int):
+    """Keys or values laid out as these letters ("BSKH", "BTKH"), each head repeated until their number divides as that
+    of the N query heads does: every shard of the model then holds the ones that its queries read, in their order."""
+    K, shards = x.shape[2], axis_size("N")
+    if N % shards == 0 and K % shards:
+        x = jax.numpy.repeat(x, math.lcm(K, shards) // K, axis=2)
+    return constrain(x, letters)
+
+
+def axis_size(letter: str) -> int:
+    """Among how many devices activations are divided along a letter whose size allows it."""
+    axes = ACTIVATIONS[letter]
+    return math.prod(_axis_sizes().get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def rows_divide(batch: int, microbatches: int) -> None:
@@ -171,6 +185,15 @@ def join(x, *, axis: int):
     """The inverse of `split`."""
     x = jax.numpy.moveaxis(x, 0, axis + 1)
     return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2:])
+
+
+def _laid(shape, slices, devices, *, split):
+    """Devices in an array of this shape; `split` allows an axis of the torus to be cut into two of the mesh."""
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+    within = (shape[0] // slices, *shape[1:])
+    across = (slices,) + (1,) * len(within[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=split)
 
 
 def _spec(table, letters, shape):

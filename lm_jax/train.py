@@ -10,10 +10,11 @@ checkpoint is intact.
 
 import math
 import time
+from dataclasses import replace
 
 import jax
 
-from lm_jax import config, errors, parallel, plots, trainer
+from lm_jax import config, errors, hosts, parallel, plots, trainer
 from lm_jax.data import store
 from lm_jax.recipes import pretrain, report
 from lm_jax.workdir import Workdir
@@ -22,18 +23,24 @@ EXIT = {"ok": 0, "stopped": 75, "diverged": 78}
 
 
 def main(argv):
-    c, values = config.parse(argv, doc=__doc__)
-    parallel.start()
+    c, values = config.parse(argv, doc=__doc__, **hosts.FLAGS)
+    hosts.start(values.coordinator, values.processes, values.process)
+    shared = replace(c, data=replace(c.data, root=""))  # each machine may have a folder of its own
+    hosts.same(config=config.digest(config.to_dict(shared)))
     mesh = parallel.use(c.mesh)
     workdir = Workdir(values.workdir, writes=jax.process_index() == 0)
-    workdir.open(config.to_dict(c))
-    parallel.rows_divide(c.train.batch, c.train.microbatches)
     begun = time.time()
 
-    recipe = pretrain.Pretraining(c, store.prepare(c.data))
+    def opened():
+        workdir.open(config.to_dict(c))
+        parallel.rows_divide(c.train.batch, c.train.microbatches)
+        return store.prepare(c.data, say=hosts.say)
+
+    recipe = pretrain.Pretraining(c, hosts.together(opened))
+    hosts.same(data=recipe.store.digest)
     evaluation = pretrain.Evaluation(recipe)
     plan = recipe.recipe((pretrain.evaluate_every(c, evaluation),))
-    with trainer.Trainer(c, recipe.model(), plan, workdir) as run:
+    with trainer.Trainer(c, recipe.model(), plan, workdir, say=hosts.say) as run:
         workdir.write_json("manifest.json", report.manifest(recipe, mesh, workdir.read_json("manifest.json")))
         run.log.say(report.headline(recipe, mesh, run.state.model))
         status, results = run.fit(), {}

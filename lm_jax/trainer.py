@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from lm_jax import checkpoint, log, optim, parallel
+from lm_jax import checkpoint, hosts, log, optim, parallel
 from lm_jax.batch import Batch, Loss, Mean
 from lm_jax.config import Config, ConfigError, to_dict
 from lm_jax.meter import Meter, Profile
@@ -43,9 +43,10 @@ class Every:
 class Recipe:
     """What a run learns: a loss, a source of batches, what may move, what to look at now and then.
 
-    `batches(step)` is a context manager over the batches (host arrays) from that step on. `tokens` and `flops` are of
-    one step over all devices, for the rates; `derived` adds to a step's row what follows from its numbers. `data` is a
-    digest of what the batches are made from: a run goes on with the same or not at all.
+    `batches(step)` is a context manager over the batches from that step on, host arrays of the rows that are needed
+    here. `tokens` and `flops` are of one step over all devices, for the rates; `derived` adds to a step's row what
+    follows from its numbers. `data` is a digest of what the batches are made from: a run goes on with the same or not
+    at all.
     """
 
     loss: Loss
@@ -146,7 +147,7 @@ class Trainer:
         with _signals() as stop, self.recipe.batches(self.done) as batches, Profile(c.profile, self.workdir) as profile:
             while self.done < c.steps and status == "ok":
                 profile.before(self.done + 1)
-                batch = parallel.put_batch(self.meter.waited(batches))
+                batch = hosts.put_batch(self.meter.waited(batches), c.batch)
                 self.state, metrics = self.step(self.state, batch, jax.random.fold_in(key, self.done))
                 self.done += 1
                 self.meter.sent(self.done, metrics)

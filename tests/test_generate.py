@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from scipy import stats
 
-from lm_jax import config, parallel
+from lm_jax import config, hosts, parallel
 from lm_jax.config import ConfigError
 from lm_jax.inference.generate import generate
 from lm_jax.inference.sample import Sampler, sample
@@ -96,7 +96,7 @@ def test_a_mesh_generates_the_same_tokens(rng):
     batch = prompts(rng, [4, 2, 0, 3], model=model)
     expected = generate(model, batch, DRAWN, length=6, key=keys_B)
     with jax.set_mesh(parallel.make_mesh(config.MeshConfig(fsdp=2, sequence=2, model=2))):
-        made = generate(on_mesh(model), parallel.put_batch(batch), DRAWN, length=6, key=keys_B)
+        made = generate(on_mesh(model), hosts.put_batch(batch), DRAWN, length=6, key=keys_B)
     jax.tree.map(np.testing.assert_array_equal, made, expected)
 
 

@@ -15,8 +15,8 @@ FILES = sorted((ROOT / "lm_jax").rglob("*.py"))
 LAYERS = (
     ("errors", "checks", "disk", "devices"),
     ("config",),
-    ("parallel", "hosts", "batch", "seal", "workdir"),
-    ("data", "models"),
+    ("parallel", "batch", "seal", "workdir"),
+    ("data", "models", "hosts"),
     ("losses", "surgery", "optim", "checkpoint", "log", "plots", "hub"),
     ("meter",),
     ("trainer", "inference"),

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import tiny
-from lm_jax import config, losses, parallel
+from lm_jax import config, hosts, losses, parallel
 from lm_jax.config import ConfigError, MeshConfig
 from lm_jax.data import examples
 from lm_jax.models.transformer import Transformer, make
@@ -69,7 +69,7 @@ def numbers(family: str, mesh: str | None) -> list[float]:
         types = jax.eval_shape(lambda: Transformer(model.cfg, rngs=nnx.Rngs(0)))
         layouts = jax.tree.map(lambda like: NamedSharding(devices, like.sharding.spec), types)
         placed = jax.device_put(model, layouts)
-        return [float(x) for x in scored(placed, parallel.put_batch(batch))]
+        return [float(x) for x in scored(placed, hosts.put_batch(batch))]
 
 
 def test_initial_weights_do_not_depend_on_the_mesh():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lm_jax import config, losses, optim, parallel, trainer
+from lm_jax import config, hosts, losses, optim, parallel, trainer
 from lm_jax.config import ConfigError, OptimConfig
 from lm_jax.models import transformer
 from lm_jax.models.layers import kinds
@@ -150,6 +150,6 @@ def test_eight_devices_train_as_one_does():
         with jax.set_mesh(parallel.make_mesh(mesh)) if mesh else contextlib.nullcontext():
             state, step = stepper()
             for seed in range(2):
-                state, metrics = step(state, parallel.put_batch(batch), jax.random.key(seed))
+                state, metrics = step(state, hosts.put_batch(batch), jax.random.key(seed))
             losses_seen.append([float(metrics[name]) for name in ("loss", "grad_norm", "param_norm")])
     np.testing.assert_allclose(*losses_seen, rtol=1e-5)

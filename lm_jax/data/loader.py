@@ -1,7 +1,7 @@
 """Batches for training and evaluation. Row k is a pure function of (store digest, seed, k).
 
-So the data position is one integer: a run resumes at any step, on any number of hosts, and any batch can be made again
-years later. A background thread keeps a few batches ready.
+So the data position is one integer: a run resumes at any step, on any number of hosts, each of which makes the rows it
+needs, and any batch can be made again years later. A background thread keeps a few batches ready.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lm_jax.config import ConfigError, DataConfig
+from lm_jax.config import DataConfig
 from lm_jax.data import examples, mixture
 from lm_jax.data.store import Store
 
@@ -36,16 +36,14 @@ class Loader:
         """Row k, without a batch axis."""
         return examples.first(self.rows(np.array([k])))
 
-    def batch(self, step: int, *, host: int = 0, hosts: int = 1) -> dict:
-        """This host's rows of a step's batch: rows step x B + [host, host + 1) x B / hosts."""
-        each = _per_host(self.batch_size, hosts)
-        return self.rows(step * self.batch_size + host * each + np.arange(each))
+    def batch(self, step: int, here: np.ndarray | None = None) -> dict:
+        """A step's batch, or of its B rows those `here`: rows step x B + here."""
+        return self.rows(step * self.batch_size + (np.arange(self.batch_size) if here is None else here))
 
-    def stream(self, step: int, *, host: int = 0, hosts: int = 1, depth: int = 2) -> "Stream":
+    def stream(self, step: int, here: np.ndarray | None = None, *, depth: int = 2) -> "Stream":
         """Batches from `step` to the end of the run, made `depth` ahead by a thread; use it in a `with`."""
-        _per_host(self.batch_size, hosts)
         steps = range(step, self.rows_needed // self.batch_size)
-        return Stream((self.batch(at, host=host, hosts=hosts) for at in steps), depth)
+        return Stream((self.batch(at, here) for at in steps), depth)
 
     def rows(self, k: np.ndarray) -> dict:
         """Rows of any numbers, as a batch."""
@@ -71,19 +69,20 @@ class Loader:
         return source, index
 
 
-def validation(store: Store, data: DataConfig, tag: str, *, batch: int, rows: int, host: int = 0,
-               hosts: int = 1) -> Iterator[dict]:
+def validation(store: Store, data: DataConfig, tag: str, *, batch: int, rows: int,
+               here: np.ndarray | None = None) -> Iterator[dict]:
     """`rows` rows (0: all) of a source's validation split, spread evenly over it: the same rows and noise every time.
 
-    The last batch is filled up with rows of padding, whose segments and weights are 0.
+    Of the `batch` rows of each batch those `here`, or all. The last is filled up with rows of padding, whose segments
+    and weights are 0.
     """
-    held, each = store.rows("validation", tag), _per_host(batch, hosts)
+    held = store.rows("validation", tag)
     count = min(rows, len(held)) if rows else len(held)
     places = (np.arange(count) * len(held) // count).tolist()
+    places += [None] * (-count % batch)
     key = _key(store.digest, "validation", tag)
     for start in range(0, count, batch):
-        here = places[start : start + batch]
-        mine = (here + [None] * (batch - len(here)))[host * each : (host + 1) * each]
+        mine = [places[start + b] for b in (range(batch) if here is None else here)]
 
         def other(b, rng):
             return held[(mine[b] + 1 + int(rng.integers(max(1, len(held) - 1)))) % len(held)]
@@ -139,12 +138,6 @@ class Stream:
             self._queue.put((None, StopIteration()))
         except BaseException as error:
             self._queue.put((None, error))
-
-
-def _per_host(batch, hosts):
-    if batch % hosts:
-        raise ConfigError(f"train.batch={batch} over {hosts} hosts: use a multiple of {hosts}")
-    return batch // hosts
 
 
 def _key(*parts: str) -> int:

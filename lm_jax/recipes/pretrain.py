@@ -7,7 +7,7 @@ from functools import cached_property, partial
 import jax
 import numpy as np
 
-from lm_jax import losses, parallel, trainer
+from lm_jax import hosts, losses, parallel, trainer
 from lm_jax.config import Config, ConfigError
 from lm_jax.data import examples
 from lm_jax.data.loader import Loader, validation
@@ -40,10 +40,9 @@ class Pretraining:
     def recipe(self, hooks: tuple[Every, ...] = ()) -> Recipe:
         c, (tokens, source) = self.config, row_lengths(self.config)
         parallel.rows_divide(c.train.batch, c.train.microbatches)
-        hosts = dict(host=jax.process_index(), hosts=jax.process_count())
         return Recipe(
             loss=partial(losses.next_token, z_loss=c.train.z_loss, smoothing=c.train.smoothing),
-            batches=partial(self.loader.stream, **hosts),
+            batches=partial(self.loader.stream, here=hosts.rows_here(c.train.batch)),
             tokens=c.train.batch * (tokens + source),
             flops=c.train.batch * flops.train(self.model_config, tokens, source),
             data=self.store.digest,
@@ -86,13 +85,13 @@ class Evaluation:
         return results if len(sums) == 1 else results | {"all": _result(_total(sums.values()))}
 
     def _sum(self, model, tag, rows):
-        t, hosts = self.config.train, dict(host=jax.process_index(), hosts=jax.process_count())
-        most = t.batch // t.microbatches  # what is known to fit
+        most = self.config.train.batch // self.config.train.microbatches  # what is known to fit
+        here = hosts.rows_here(most)
         lengths = self.store.tokenizer.byte_lengths
         batches = ({**batch, "bytes": lengths[batch["targets"]].astype(np.float32)}
-                   for batch in validation(self.store, self.config.data, tag, batch=most, rows=rows, **hosts))
+                   for batch in validation(self.store, self.config.data, tag, batch=most, rows=rows, here=here))
         # one program at a time: on CPU devices many at once wait for each other's threads and may never end
-        sums = (jax.device_get(self.sums(model, parallel.put_batch(batch))) for batch in batches)
+        sums = (jax.device_get(self.sums(model, hosts.put_batch(batch, most))) for batch in batches)
         return _total({key: float(value) for key, value in one.items()} for one in sums)
 
     def _truth(self, tag, sums):
