@@ -16,8 +16,9 @@ from lm_jax.errors import REFUSED, ConfigError
 
 
 # Keys that may change while a run goes on: where and how it computes and what it records, not what it learns.
-FREE = ("mesh.", "data.root:", "model.remat:", "train.microbatches:", "train.log_every:", "train.eval_every:",
-        "train.eval_rows:", "train.checkpoint_every:", "train.keep:", "train.loggers:", "train.profile:")
+FREE = ("mesh.", "data.root:", "model.remat:", "model.attention:", "train.microbatches:", "train.log_every:",
+        "train.eval_every:", "train.eval_rows:", "train.checkpoint_every:", "train.keep:", "train.loggers:",
+        "train.profile:")
 
 
 class Workdir:

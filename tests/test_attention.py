@@ -1,5 +1,6 @@
 """Attention with each of its switches against loops in float64, and the one mask against what it promises."""
 
+import dataclasses
 import math
 
 import jax
@@ -9,8 +10,9 @@ import pytest
 from flax import nnx
 
 import tiny
-from lm_jax.models import attention, positions
-from lm_jax.models.attention import Attention, Layout, RelativeBias, visible
+from lm_jax.models import attention, kernels, positions
+from lm_jax.models.attention import Attention, RelativeBias
+from lm_jax.models.layouts import Layout, visible
 
 B, T, S, H = 2, 5, 7, 8
 PLAIN = dict(heads=4, kv_heads=4, scale=0.35)
@@ -46,21 +48,27 @@ def test_attention_is_its_formula(name, rng):
     N, K = switch["heads"], switch["kv_heads"]
     draw = lambda *shape: rng.standard_normal(shape)
     q, k, v = draw(B, T, N, H), draw(B, S, K, H), draw(B, S, K, H)
-    mask = np.tril(np.ones((T, S), bool), 2)[None] & (rng.random((B, T, S)) < 0.8) | (np.arange(S) == 0)
+    whole = lambda n: jnp.broadcast_to(jnp.arange(n), (B, n))
+    query, key = (Layout(whole(n), jnp.asarray(rng.integers(1, 3, (B, n))).at[:, 0].set(1)) for n in (T, S))
+    key = dataclasses.replace(key, segments_BT=key.segments_BT.at[:, 1].set(2))  # each query sees some key
+    query = dataclasses.replace(query, positions_BT=whole(T) + 1)
+    mask = np.asarray(visible(query, key, causal=True, window=6))
+    assert mask.any(-1).all() and not mask.all()
     more = dict(bias=draw(B, N, T, S) if switch.get("bias") else None, sinks=draw(N) if switch.get("sinks") else None)
     knobs = dict(scale=switch["scale"], softcap=switch.get("softcap", 0.0))
     half = lambda a: None if a is None else jnp.asarray(a, jnp.float32)
-    y = attention.xla(half(q), half(k), half(v), jnp.asarray(mask), **knobs, bias_BNTS=half(more["bias"]),
-                      sinks_N=half(more["sinks"]))
+    y = kernels.xla(half(q), half(k), half(v), query, key, causal=True, window=6, **knobs,
+                    bias_BNTS=half(more["bias"]), sinks_N=half(more["sinks"]))
     np.testing.assert_allclose(y, reference(q, k, v, mask, **knobs, **more), rtol=1e-5, atol=1e-5)
 
 
 def test_attention_survives_large_logits_and_rows_that_see_nothing(rng):
     q = jnp.asarray(rng.standard_normal((1, T, 2, H)) * 1e3, jnp.float32)
-    nothing = jnp.zeros((1, T, T), bool)
-    total = lambda q, mask: attention.xla(q, q, q, mask, scale=1.0).sum()
-    for mask in (~nothing, nothing):
-        assert np.isfinite(total(q, mask)) and np.isfinite(jax.grad(total)(q, mask)).all()
+    row = Layout.of(tiny.rows(batch=1, lengths=(T,), padding=0))
+    other = dataclasses.replace(row, segments_BT=row.segments_BT + 1)
+    total = lambda q, key: kernels.xla(q, q, q, row, key, causal=True, scale=1.0).sum()
+    for key in (row, other):
+        assert np.isfinite(total(q, key)) and np.isfinite(jax.grad(total)(q, key)).all()
 
 
 @pytest.mark.parametrize("changes", [
@@ -73,7 +81,8 @@ def test_the_layer_is_projections_norms_rotations_attention_and_output(changes, 
     x = rng.standard_normal((B, T, 32))
     layout = Layout.of(tiny.rows(batch=B, lengths=(T,), padding=0))
     mask = visible(layout, layout, causal=True)
-    y, _ = layer(jnp.asarray(x, jnp.float32), mask, angles=positions.rotary(cfg, layout.positions_BT))
+    angles = positions.rotary(cfg, layout.positions_BT)
+    y, _ = layer(jnp.asarray(x, jnp.float32), layout, layout, causal=True, angles=angles)
     wide = lambda a: None if a is None else np.asarray(a[...], np.float64)
 
     def project(einsum, norm, *, turn):

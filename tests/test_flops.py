@@ -9,7 +9,7 @@ from flax import nnx
 
 from lm_jax import config, losses, parallel
 from lm_jax.models import flops, zoo
-from lm_jax.models.attention import Layout, visible
+from lm_jax.models.layouts import Layout, visible
 from lm_jax.models.transformer import Transformer
 
 T, S = 12, 20
@@ -50,7 +50,7 @@ def test_what_remat_computes_again_is_counted_in_the_jaxpr_and_not_in_the_model(
 def test_attention_counts_the_pairs_that_the_mask_shows(change):
     cfg = dataclasses.replace(TINY, **change)
     row = Layout(jnp.arange(T)[None], jnp.ones((1, T), int), jnp.arange(T)[None])
-    windows = abstract(cfg)[0].decoder.windows()
+    windows = [cfg.window * sliding for sliding in abstract(cfg)[0].decoder.sliding()]
     shown = sum(int(visible(row, row, causal=cfg.causal, window=window).sum()) for window in windows)
     left_out = cfg.depth * T * T - shown
     assert flops.forward(cfg, T, causal=False) - flops.forward(cfg, T) == 4 * cfg.width * left_out

@@ -16,7 +16,7 @@ import tiny
 from lm_jax import losses, optim
 from lm_jax.config import MoEConfig, OptimConfig
 from lm_jax.models import positions
-from lm_jax.models.attention import Layout, visible
+from lm_jax.models.layouts import Layout
 from lm_jax.models.layers import kinds
 from lm_jax.models.transformer import Transformer
 
@@ -108,14 +108,14 @@ def recorded(model, batch):
     """Scales of activations, layer by layer with the model's own parts; the outcome, and the model's own to compare."""
     rms = lambda x: jnp.sqrt(jnp.square(x).mean())
     layout = Layout.of(batch)
-    angles, mask = positions.rotary(model.cfg, layout.positions_BT), visible(layout, layout, causal=True)
+    angles = positions.rotary(model.cfg, layout.positions_BT)
     x = model.embedded(batch)
     scales = {"embedded": rms(x)}
     for i in range(model.cfg.depth):
         block = jax.tree.map(lambda a: a[i], model.decoder.blocks)
         normed = block.attention_residual.before(x)
         scales[f"query {i}"] = rms(block.attention.query(normed))
-        y, _ = block.attention(normed, mask, angles=angles)
+        y, _ = block.attention(normed, layout, layout, angles=angles, causal=True)
         x = x + y * block.attention_residual.scale
         z = block.mlp(block.mlp_residual.before(x))
         x = x + z * block.mlp_residual.scale

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from lm_jax import losses
 from lm_jax.config import CHOICES, MoEConfig, RopeConfig
-from lm_jax.models.attention import Layout
+from lm_jax.models.layouts import Layout
 from lm_jax.models.transformer import Transformer
 
 DOCUMENTS = (6, 7)  # and three tokens of padding

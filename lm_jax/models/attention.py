@@ -1,79 +1,16 @@
-"""Attention: layouts of tokens, the one mask, and the layer."""
+"""Attention: the layer, and what may be added to its logits."""
 
-from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lm_jax import parallel
-from lm_jax.batch import Batch
 from lm_jax.config import TransformerConfig
-from lm_jax.models import positions
+from lm_jax.models import kernels, positions
 from lm_jax.models.layers import Einsum, Norm, constant, dropout, normal, residual_gain
-
-MASKED = -1e30  # finite, so that a row which sees nothing gives numbers that nobody reads rather than NaN
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Layout:
-    """Where each token of a row stands. All that a mask needs, so that no mask looks at token ids.
-
-    positions_BT feeds distances and embeddings; segments_BT says what belongs together (0: padding, empty cache
-    slots); order_BT is what causality compares: the position, except that a prefix shares one order and so sees
-    itself whole.
-    """
-
-    positions_BT: jax.Array
-    segments_BT: jax.Array
-    order_BT: jax.Array
-
-    @classmethod
-    def of(cls, batch: Batch) -> "Layout":
-        order_BT = batch["order"] if "order" in batch else batch["positions"]
-        return cls(batch["positions"], batch["segments"], order_BT)
-
-
-def visible(query: Layout, key: Layout, *, causal: bool, window=0):
-    """mask_BTS: which keys each query may see. Packing, padding, causality, cross-attention and the cache at once.
-
-    `window` > 0 (an int or a traced scalar) keeps keys fewer than so many positions away; 0 keeps all.
-    """
-    mask_BTS = query.segments_BT[:, :, None] == key.segments_BT[:, None, :]
-    if causal:
-        mask_BTS &= key.order_BT[:, None, :] <= query.order_BT[:, :, None]
-    if isinstance(window, int) and window == 0:
-        return mask_BTS
-    return mask_BTS & ((jnp.abs(_distance(query, key)) < window) | (window == 0))
-
-
-def xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, softcap=0.0, bias_BNTS=None, sinks_N=None, drop=lambda p: p):
-    """Softmax attention in plain XLA, logits in float32; it honours every switch of the house. [B, T, N, H]."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = _reshape(q_BTNH, (B, T, K, N // K, H), "BTKGH")
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
-    if softcap:
-        logits = softcap * jnp.tanh(logits / softcap)
-    if bias_BNTS is not None:
-        logits += _reshape(bias_BNTS, (bias_BNTS.shape[0], K, N // K, *bias_BNTS.shape[2:]), "BKGTS")
-    logits = jnp.where(mask_BTS[:, None, None], logits, MASKED)
-    highest = logits.max(-1, keepdims=True)
-    if sinks_N is not None:
-        sinks = sinks_N.reshape(K, N // K, 1, 1)
-        highest = jnp.maximum(highest, sinks)
-    highest = jax.lax.stop_gradient(highest)
-    weights = jnp.exp(logits - highest)
-    total = weights.sum(-1, keepdims=True)
-    if sinks_N is not None:
-        total += jnp.exp(sinks - highest)
-    probs = drop(weights / total).astype(v_BSKH.dtype)
-    y_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probs, v_BSKH)
-    return _reshape(y_BTKGH, (B, T, N, H), "BTNH")
-
-
-KERNELS = {"xla": xla}
+from lm_jax.models.layouts import Layout, distance
 
 
 class Attention(nnx.Module):
@@ -91,37 +28,41 @@ class Attention(nnx.Module):
         self.key_norm = Norm("H", cfg) if cfg.qk_norm else None
         self.sinks = constant("N", cfg, 0.0) if cfg.sinks else None
 
-    def __call__(self, x_BTD, mask_BTS, *, angles=None, bias_BNTS=None, cache=None, at=0, key=None):
-        """Returns y_BTD and the (keys, values) attended to: the row's own, or `cache` with the row written at `at`."""
+    def __call__(self, x_BTD, layout: Layout, slots: Layout, *, angles=None, cache=None, at=0, key=None, **asked):
+        """Attention of a row to itself, or to `cache` with the row written at `at`; `slots` is what is attended to.
+
+        Returns y_BTD and the (keys, values) attended to. `asked`: causal, window, sliding, bias_BNTS, as in kernels.
+        """
         q_BTNH = self.query(x_BTD)
         q_BTNH = q_BTNH if self.query_norm is None else self.query_norm(q_BTNH)
         q_BTNH = q_BTNH if angles is None else positions.rotate(q_BTNH, *angles, self.cfg)
         kv = self.project(x_BTD, angles=angles)
         if cache is not None:
-            kv = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=1)
+            kv = tuple(jax.lax.dynamic_update_slice_in_dim(old, whole(new).astype(old.dtype), at, axis=1)
                        for old, new in zip(cache, kv))
-        return self.attend(q_BTNH, kv, mask_BTS, bias_BNTS=bias_BNTS, key=key), kv
+        use = "row" if cache is None else "cache"
+        return self.attend(q_BTNH, kv, layout, slots, use=use, key=key, **asked), kv
 
-    def cross(self, x_BTD, memory, mask_BTS, *, key=None):
+    def cross(self, x_BTD, memory, layout: Layout, source: Layout, *, key=None):
         """Attention of x over (keys, values) that `project` made of an encoder's output; returns y_BTD."""
         q_BTNH = self.query(x_BTD)
         q_BTNH = q_BTNH if self.query_norm is None else self.query_norm(q_BTNH)
-        return self.attend(q_BTNH, memory, mask_BTS, key=key)
+        return self.attend(q_BTNH, memory, layout, source, use="cross", key=key, causal=False)
 
     def project(self, x_BTD, *, angles=None):
-        """(k_BSKH, v_BSKH) of a row, every device holding all of S."""
+        """(k_BTKH, v_BTKH) of a row."""
         k_BTKH = self.key(x_BTD)
         k_BTKH = k_BTKH if self.key_norm is None else self.key_norm(k_BTKH)
         k_BTKH = k_BTKH if angles is None else positions.rotate(k_BTKH, *angles, self.cfg)
-        return parallel.constrain(k_BTKH, "BSKH"), parallel.constrain(self.value(x_BTD), "BSKH")
+        return k_BTKH, self.value(x_BTD)
 
-    def attend(self, q_BTNH, kv, mask_BTS, *, bias_BNTS=None, key=None):
+    def attend(self, q_BTNH, kv, query: Layout, slots: Layout, *, use: str, key=None, **asked):
         cfg = self.cfg
-        drop = (lambda p: dropout(p, cfg.dropout, key)) if key is not None else (lambda p: p)
-        y_BTNH = KERNELS["xla"](
-            q_BTNH, *(a.astype(q_BTNH.dtype) for a in kv), mask_BTS, scale=attention_scale(cfg),
-            softcap=cfg.attention_softcap, bias_BNTS=bias_BNTS, drop=drop,
-            sinks_N=None if self.sinks is None else self.sinks[...])
+        name = kernels.choose(cfg, q_BTNH.shape[1], use=use, prefix=query.order_BT is not None)
+        drop = partial(dropout, rate=cfg.dropout, key=key) if key is not None and cfg.dropout else None
+        y_BTNH = kernels.attend(
+            name, q_BTNH, *kv, query, slots, scale=attention_scale(cfg), softcap=cfg.attention_softcap, drop=drop,
+            sinks_N=None if self.sinks is None else self.sinks[...], **asked)
         return self.out(y_BTNH)
 
 
@@ -134,14 +75,14 @@ class RelativeBias(nnx.Module):
 
     def __call__(self, query: Layout, key: Layout):
         table_UN = parallel.gather(self.table[...], "UN")
-        bucket_BTS = positions.buckets(-_distance(query, key), causal=self.causal, count=table_UN.shape[0])
+        bucket_BTS = positions.buckets(-distance(query, key), causal=self.causal, count=table_UN.shape[0])
         sharding = parallel.activation("BTSN", (*bucket_BTS.shape, table_UN.shape[1]))
         return jnp.moveaxis(table_UN.at[bucket_BTS].get(out_sharding=sharding), 3, 1)
 
 
 def alibi(cfg: TransformerConfig, query: Layout, key: Layout):
     """ALiBi's bias_BNTS for two layouts."""
-    return parallel.constrain(positions.alibi(_distance(query, key), cfg.heads), "BNTS")
+    return parallel.constrain(positions.alibi(distance(query, key), cfg.heads), "BNTS")
 
 
 def attention_scale(cfg: TransformerConfig) -> float:
@@ -149,9 +90,6 @@ def attention_scale(cfg: TransformerConfig) -> float:
     return cfg.attention_scale or cfg.sizes["H"] ** -0.5
 
 
-def _distance(query: Layout, key: Layout):
-    return query.positions_BT[:, :, None] - key.positions_BT[:, None, :]
-
-
-def _reshape(x, shape, letters):
-    return jnp.reshape(x, shape, out_sharding=parallel.activation(letters, shape))
+def whole(x_BTKH):
+    """Keys or values of a row, every device holding all of its tokens."""
+    return parallel.constrain(x_BTKH, "BSKH")

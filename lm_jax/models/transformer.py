@@ -11,8 +11,9 @@ from lm_jax import parallel
 from lm_jax.batch import Batch
 from lm_jax.config import TransformerConfig
 from lm_jax.models import heads, positions
-from lm_jax.models.attention import Attention, Layout, RelativeBias, alibi, visible
+from lm_jax.models.attention import Attention, RelativeBias, alibi, whole
 from lm_jax.models.layers import MLP, PRODUCT, Einsum, Embed, Norm, depth_ratio, dropout, width_ratio
+from lm_jax.models.layouts import SAVED, Layout
 from lm_jax.models.moe import MoE
 
 
@@ -60,12 +61,15 @@ class Block(nnx.Module):
         self.mlp = MoE(cfg, rngs=rngs) if cfg.moe.experts else MLP(cfg, rngs=rngs)
         self.mlp_residual = Residual(cfg)
 
-    def __call__(self, x_BTD, attend, memory, cross_mask_BTS, real_BT, *, key=None):
-        """Returns x_BTD, the layer's (keys, values) and the router's losses. `attend(attention, x)` knows the masks."""
+    def __call__(self, x_BTD, attend, cross, real_BT, *, key=None):
+        """Returns x_BTD, the layer's (keys, values) and the router's losses.
+
+        `attend(attention, x)` and `cross(attention, x)` know what is attended to.
+        """
         keys = [None] * 5 if key is None else jax.random.split(key, 5)
         x_BTD, kv = self.attention_residual(x_BTD, partial(attend, self.attention, key=keys[0]), key=keys[1])
         if self.cross is not None:
-            over = lambda x: (self.cross.cross(x, memory, cross_mask_BTS, key=keys[2]), None)
+            over = lambda x: (cross(self.cross, x, key=keys[2]), None)
             x_BTD, _ = self.cross_residual(x_BTD, over, key=keys[3])
         if isinstance(self.mlp, MoE):
             x_BTD, router = self.mlp_residual(x_BTD, lambda x: self.mlp(x, real_BT), key=keys[4])
@@ -91,23 +95,24 @@ class Stack(nnx.Module):
         cfg = self.cfg
         slots = layout if cache is None else _written(cache, layout)
         slots = jax.tree.map(lambda a_BT: parallel.constrain(a_BT, "BS"), slots)
-        cross_mask = None if source is None else visible(layout, source, causal=False)
         angles = positions.rotary(cfg, layout.positions_BT) if cfg.positions == "rope" else None
         bias = alibi(cfg, layout, slots) if cfg.positions == "alibi" else self.bias and self.bias(layout, slots)
         at = 0 if cache is None else cache.at
 
         def layer(x_BTD, scanned):
-            block, window, kv, memory_kv, key = scanned
-            mask_BTS = visible(layout, slots, causal=self.causal, window=window if cfg.window else 0)
+            block, sliding, kv, memory_kv, key = scanned
             attend = lambda attention, x, key: attention(
-                x, mask_BTS, angles=angles, bias_BNTS=bias, cache=kv, at=at, key=key)
+                x, layout, slots, angles=angles, cache=kv, at=at, key=key, causal=self.causal, window=cfg.window,
+                sliding=True if sliding is None else sliding, bias_BNTS=bias)
             if memory is not None and memory_kv is None:
                 memory_kv = block.cross.project(memory)
-            x_BTD, kv_new, router = block(x_BTD, attend, memory_kv, cross_mask, layout.segments_BT > 0, key=key)
+            cross = lambda attention, x, key: attention.cross(x, memory_kv, layout, source, key=key)
+            x_BTD, kv_new, router = block(x_BTD, attend, cross, layout.segments_BT > 0, key=key)
             return x_BTD, (kv_new if kv is not None else None, router)
 
-        scanned = (self.blocks, self.windows(), cache and cache.kv_L, cache and cache.memory_L,
-                   None if key is None else jax.random.split(key, self.depth))
+        sliding = self.sliding()
+        scanned = (self.blocks, None if all(sliding) else jnp.asarray(sliding), cache and cache.kv_L,
+                   cache and cache.memory_L, None if key is None else jax.random.split(key, self.depth))
         # a scanned body trains at half the speed of an unrolled one on CPU
         x_BTD, (kv_L, router_L) = jax.lax.scan(REMAT[cfg.remat](layer), x_BTD, scanned, unroll=parallel.on_cpu())
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
@@ -115,16 +120,17 @@ class Stack(nnx.Module):
             cache = replace(cache, kv_L=kv_L, slots=slots, at=at + layout.positions_BT.shape[1])
         return x_BTD, cache, jax.tree.map(lambda a_LB: a_LB.mean(0), router_L)
 
-    def windows(self):
-        """Window of each layer, 0 for a full one: the pattern repeated."""
+    def sliding(self) -> list[bool]:
+        """Which layers see `window` positions and not all: the pattern repeated."""
         pattern = self.cfg.window_pattern
-        return jnp.asarray([self.cfg.window * (pattern[i % len(pattern)] == "S") for i in range(self.depth)], jnp.int32)
+        return [pattern[i % len(pattern)] == "S" for i in range(self.depth)]
 
 
 REMAT = {
     "none": lambda f: f,
     "full": partial(jax.checkpoint, prevent_cse=False),
-    "dots": partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT)),
+    "dots": partial(jax.checkpoint, prevent_cse=False,
+                    policy=jax.checkpoint_policies.save_only_these_names(PRODUCT, SAVED)),
 }
 
 
@@ -207,7 +213,7 @@ class Transformer(nnx.Module):
         memory_L = source = None
         if self.encoder is not None:
             memory, source, _ = self.encode(batch["source"])
-            memory_L = jax.lax.map(lambda block: block.cross.project(memory), self.decoder.blocks)
+            memory_L = jax.lax.map(lambda block: tuple(map(whole, block.cross.project(memory))), self.decoder.blocks)
         return Cache((empty(), empty()), slots, jnp.zeros((), jnp.int32), memory_L, source)
 
 
@@ -223,6 +229,6 @@ def root(cfg: TransformerConfig) -> float:
 
 def _written(cache: Cache, layout: Layout) -> Layout:
     """The slots' layout with a row's written at the next free slot."""
-    layout = jax.tree.map(lambda a_BT: parallel.constrain(a_BT, "BS"), layout)
+    layout = jax.tree.map(lambda a_BT: parallel.constrain(a_BT, "BS"), replace(layout, order_BT=layout.ordered_BT))
     write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.at, axis=1)
     return jax.tree.map(write, cache.slots, layout)
