@@ -62,15 +62,19 @@ def token_scores(model, x_BTD, targets_BT):
     Logits are made for one chunk of tokens at a time and again in the backward pass, so that a large vocabulary never
     needs more than `CHUNK` of them; small ones are made once.
     """
-    B, T, _ = x_BTD.shape
-    size = parallel.local_size("BTV", (B, T, model.cfg.vocab))
-    local = parallel.local_size("T", (T,))  # no chunk may need another device's tokens
-    chunks = next(n for n in range(1, local + 1) if local % n == 0 and (size <= n * CHUNK or n == local))
+    chunks = chunks_of(*x_BTD.shape[:2], model.cfg.vocab)
     if chunks == 1:
         return _scores(model, x_BTD, targets_BT)
     scores = jax.checkpoint(lambda xs: _scores(model, *xs), prevent_cse=False)
     parts = jax.lax.map(scores, (parallel.split(x_BTD, chunks, axis=1), parallel.split(targets_BT, chunks, axis=1)))
     return tuple(parallel.join(part, axis=1) for part in parts)
+
+
+def chunks_of(B: int, T: int, V: int) -> int:
+    """In how many parts, one after another, the logits [B, T, V] are made on the mesh in use."""
+    size = parallel.local_size("BTV", (B, T, V))
+    local = parallel.local_size("T", (T,))  # no chunk may need another device's tokens
+    return next(n for n in range(1, local + 1) if local % n == 0 and (size <= n * CHUNK or n == local))
 
 
 def _scores(model, x_BTD, targets_BT):

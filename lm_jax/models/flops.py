@@ -27,7 +27,7 @@ def forward(cfg: TransformerConfig, tokens: int, source: int = 0, *, causal: boo
     if (source > 0) != (cfg.encoder_depth > 0):
         raise ValueError(f"source={source} tokens for encoder_depth={cfg.encoder_depth}: an encoder reads some, "
                          "a model without one reads none")
-    dense = sum(_active(weight, cfg) * _tokens(weight, cfg, tokens, source) for weight in _weights(cfg))
+    dense = sum(_active(weight, cfg) * tokens_met(weight, cfg, tokens, source) for weight in weights(cfg))
     scores = 2 * cfg.sizes["N"] * cfg.sizes["H"] * _pairs(cfg, tokens, source, causal=causal)  # q k and p v
     return 2 * (dense + scores)
 
@@ -45,9 +45,8 @@ def parameters(cfg: TransformerConfig) -> dict[str, int]:
     rest, N of Kaplan et al. 2020; "total" is N of Hoffmann et al. 2022. "active" is the total less the experts that a
     token does not visit.
     """
-    weights = _weights(cfg)
-    sizes = {side: sum(w.size for w in weights if _side(w) == side) for side in ("embedding", "head", "non_embedding")}
-    return {"total": sum(sizes.values())} | sizes | {"active": sum(_active(w, cfg) for w in weights)}
+    sizes = {side: sum(w.size for w in weights(cfg) if _side(w) == side) for side in ("embedding", "head", "non_embedding")}
+    return {"total": sum(sizes.values())} | sizes | {"active": sum(_active(w, cfg) for w in weights(cfg))}
 
 
 def count(f, *args, trips: int | None = None) -> int:
@@ -62,20 +61,26 @@ def count(f, *args, trips: int | None = None) -> int:
 
 
 @dataclass(frozen=True)
-class _Weight:
+class Weight:
+    """One parameter by its place in the model, its shape and what it is."""
+
     path: tuple
-    size: int
+    shape: tuple[int, ...]
     kind: Kind
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 @cache
-def _weights(cfg: TransformerConfig) -> tuple[_Weight, ...]:
+def weights(cfg: TransformerConfig) -> tuple[Weight, ...]:
     """Every parameter of the model, which is never made."""
     model = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
-    return tuple(_Weight(path, w.size, w.kind) for path, w in nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    return tuple(Weight(path, w.shape, w.kind) for path, w in nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
 
-def _tokens(weight: _Weight, cfg: TransformerConfig, tokens: int, source: int) -> int:
+def tokens_met(weight: Weight, cfg: TransformerConfig, tokens: int, source: int) -> int:
     """How many tokens of a row meet a weight."""
     path = weight.path
     if path[0] == "embed":  # read backwards as the output table, or only looked up
@@ -88,13 +93,13 @@ def _tokens(weight: _Weight, cfg: TransformerConfig, tokens: int, source: int) -
     return source if path[0] == "encoder" or memory else tokens
 
 
-def _active(weight: _Weight, cfg: TransformerConfig) -> int:
+def _active(weight: Weight, cfg: TransformerConfig) -> int:
     """Numbers of a weight that one token meets: all, or those of its own experts."""
     experts = weight.kind.letters.removeprefix("L").startswith("E")
     return weight.size * cfg.moe.top_k // cfg.moe.experts if experts else weight.size
 
 
-def _side(weight: _Weight) -> str:
+def _side(weight: Weight) -> str:
     if weight.kind.role == "head" or weight.kind.letters == "V":
         return "head"
     return "embedding" if weight.kind.role == "embedding" else "non_embedding"
