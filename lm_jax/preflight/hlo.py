@@ -15,6 +15,8 @@ _LINE = re.compile(rf"^\s*(?:ROOT )?{_NAME} = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _CALLS = re.compile(rf"(body|condition|calls|to_apply|true_computation|false_computation)={_NAME}")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_INTEGER = re.compile(r"(\d+)\)")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
@@ -30,18 +32,23 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective that a program runs, asynchronous pairs counted once and loops as often as they go round."""
+    """Every collective that a program runs, asynchronous parts counted once and loops as often as they go round."""
     computations, entry = _computations(text)
     found: list[Collective] = []
+    chains: set[str] = set()  # the TPU compiler spreads a collective over several fusions, which share a chain
     todo = [(entry, 1)]
     while todo:
         name, times = todo.pop()
         for shape, op, rest in computations[name]:
             kind = op.removesuffix("-start")
             if kind in KINDS:
-                found.append(Collective(kind, _bytes(op, shape, rest), _group(rest), times, _source(rest)))
+                chain = _CHAIN.search(rest)
+                if chain is None or chain[1] not in chains:
+                    kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind  # the TPU's way
+                    found.append(Collective(kind, _bytes(op, shape, rest), _group(rest), times, _source(rest)))
+                chains |= {chain[1]} if chain else set()
             elif not op.endswith(("-done", "-update")):  # whose body is that of the start
-                todo += [(called, times * trips) for called, trips in _called(op, rest)]
+                todo += [(called, times * trips) for called, trips in _called(op, rest, computations)]
     return [c for c in found if c.group > 1]
 
 
@@ -73,16 +80,24 @@ def _computations(text: str) -> tuple[dict[str, list], str]:
     return computations, entry
 
 
-def _called(op: str, rest: str):
+def _called(op: str, rest: str, computations: dict):
     """Computations that a line runs, and how often; a sum's adder runs no collective and a branch counts once."""
-    trips = _TRIPS.search(rest)
-    for role, name in _CALLS.findall(rest):
-        if role == "body" and trips is None:
-            raise ValueError(f"a loop ({name}) whose trips the compiler does not know: collectives cannot be counted")
+    roles = dict(_CALLS.findall(rest))
+    for role, name in roles.items():
         if role != "to_apply" or op == "call":
-            yield name, int(trips[1]) if role == "body" else 1
+            yield name, _trips(rest, computations[roles["condition"]]) if role == "body" else 1
     for names in _BRANCHES.findall(rest):
         yield from ((name.strip().lstrip("%"), 1) for name in names.split(","))
+
+
+def _trips(rest: str, condition: list) -> int:
+    """How often a loop goes round: what the compiler says, or the bound of the counter of a scan."""
+    if known := _TRIPS.search(rest):
+        return int(known[1])
+    bounds = [_INTEGER.match(rest) for _, op, rest in condition if op == "constant"]
+    if len(bounds) != 1 or bounds[0] is None or not any("direction=LT" in rest for _, _, rest in condition):
+        raise ValueError(f"a loop whose trips nobody knows, so that collectives cannot be counted: {rest[:200]}")
+    return int(bounds[0][1])
 
 
 def _bytes(op: str, shape: str, rest: str) -> int:
@@ -104,7 +119,7 @@ def _group(rest: str) -> int:
     """Devices in a replica group, in each of the ways that XLA writes them."""
     if "source_target_pairs=" in rest:
         return 2
-    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):  # axes by name, perhaps a part of one
+    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):  # axes by name, perhaps a part of one
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])
         return math.prod(int(part or sizes[name]) for name, part in parts)
