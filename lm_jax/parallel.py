@@ -11,7 +11,7 @@ from functools import partial
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from lm_jax.config import ConfigError, MeshConfig
 
@@ -48,6 +48,14 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
     except NotImplementedError:  # the torus has no axis, or product of axes, of some size
         grid = laid(split=True)
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def abstract_mesh(config: MeshConfig, devices: int, *, platform: str, kind: str = "", cores: int = 1) -> AbstractMesh:
+    """The mesh of `config` over so many devices that need not exist: enough to check and measure every layout."""
+    sizes = mesh_sizes(config, devices)
+    device = AbstractDevice(device_kind=kind or platform, num_cores=cores, platform=platform)
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES),
+                        abstract_device=device)
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
@@ -141,10 +149,20 @@ def axis_size(letter: str) -> int:
     return math.prod(_axis_sizes().get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
+def weight_axes(letters: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes that divide a weight: those it is gathered over for its use, and those it stays divided over."""
+    axes = _names(weight(letters, shape) or ())
+    return tuple(a for a in axes if a in ACTIVATIONS["B"]), tuple(a for a in axes if a not in ACTIVATIONS["B"])
+
+
+def activation_axes(letter: str, size: int) -> tuple[str, ...]:
+    """The mesh axes that divide an activation along a letter of this size."""
+    return _names(activation(letter, (size,)) or ())
+
+
 def rows_divide(batch: int, microbatches: int) -> None:
     """Raise ConfigError unless each microbatch's rows divide over the devices that hold rows."""
-    mesh = jax.sharding.get_mesh()
-    shards = math.prod(mesh.shape[axis] for axis in ACTIVATIONS["B"]) if not mesh.empty else 1
+    shards = math.prod(_axis_sizes().get(axis, 1) for axis in ACTIVATIONS["B"])
     if batch % (shards * microbatches):
         raise ConfigError(f"train.batch={batch} over {shards} row shards and {microbatches} microbatches: "
                           f"use a multiple of {shards * microbatches}")
@@ -169,9 +187,8 @@ def on_cpu() -> bool:
 
 def local_size(letters: str, shape: tuple[int, ...]) -> int:
     """Elements that one device holds of an activation with these letters."""
-    sizes, spec = _axis_sizes(), activation(letters, shape) or ()
-    axes = [a for axis in spec for a in ((axis,) if isinstance(axis, str) else axis or ())]
-    return math.prod(shape) // math.prod(sizes[a] for a in axes)
+    sizes = _axis_sizes()
+    return math.prod(shape) // math.prod(sizes[axis] for axis in _names(activation(letters, shape) or ()))
 
 
 def split(x, parts: int, *, axis: int):
@@ -213,6 +230,10 @@ def _axis(axis, size, sizes):
     if not axes or size % shards:
         return None
     return axes if len(axes) > 1 else axes[0]
+
+
+def _names(spec) -> tuple[str, ...]:
+    return tuple(a for axis in spec for a in ((axis,) if isinstance(axis, str) else axis or ()))
 
 
 def _axis_sizes() -> dict[str, int]:
