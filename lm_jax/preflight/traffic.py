@@ -1,0 +1,156 @@
+"""What a training step moves between devices: every collective, from the model's own weights and the letter tables.
+
+A weight's letters say it all, as they do in flops.py. y = x w needs w gathered over the axes of rows that it is divided
+over, forward and backward (the compiler shares the backward's with what remat computes again); y is summed over axes
+that divide letters it drops, dx over those that divide letters it keeps; dw is summed over all axes that divide tokens,
+and scattered. tests/test_traffic.py holds this against compiled programs. Not counted: scalars, and Muon's own products.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax import losses, parallel
+from lm_jax.config import Config
+from lm_jax.models import flops
+from lm_jax.recipes.pretrain import row_lengths
+
+
+@dataclass(frozen=True)
+class Move:
+    """One collective of a step: `bytes` of the whole array that the devices along `axes` share, `times` a step."""
+
+    kind: str  # all-gather | reduce-scatter | all-reduce | collective-permute
+    bytes: int
+    axes: tuple[str, ...]
+    times: int
+    what: str  # weights | gradients | activations | keys and values | loss
+
+    @property
+    def total(self) -> int:
+        return self.bytes * self.times
+
+
+def step(config: Config, mesh) -> list[Move]:
+    """Every collective of one step of `config`, whose model knows its vocabulary, on `mesh`, abstract or not."""
+    T, S = row_lengths(config)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        tokens = {n: _Tokens.of(config, n) for n in (T, S, 1)}
+        moves = [move for w in flops.weights(config.model) for move in _weight(config, w, tokens, T, S)]
+        moves += _lookup(config, tokens[T]) + (_lookup(config, tokens[S]) if S else [])
+        moves += _loss(config, tokens[T])
+        moves += [move for n in (T, S) if n for move in _layout(config, tokens[n])]
+    wide = [m for m in moves if m.bytes and math.prod(mesh.shape[axis] for axis in m.axes) > 1]
+    return [Move(m.kind, m.bytes, m.axes, m.times * config.train.microbatches, m.what) for m in wide]
+
+
+def totals(moves: list[Move], by: str = "kind") -> dict[str, int]:
+    """Bytes a step by `kind`, or by `what`."""
+    sums: dict[str, int] = {}
+    for move in moves:
+        sums[getattr(move, by)] = sums.get(getattr(move, by), 0) + move.total
+    return sums
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of a microbatch's rows that one device holds, and the axes that divide rows and tokens."""
+
+    rows: int
+    length: int  # of a row, whole
+    local: int  # rows times the device's part of each
+    over_rows: tuple[str, ...]
+    over_length: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: Config, length: int):
+        B = config.train.batch // config.train.microbatches
+        over = [parallel.activation_axes(letter, n) for letter, n in (("B", B), ("T", length))]
+        return cls(parallel.local_size("B", (B,)), length, parallel.local_size("BT", (B, length)), *over)
+
+
+def _weight(config: Config, w: flops.Weight, tokens: dict, T: int, S: int):
+    """What one weight of the model causes in a microbatch, over all its layers."""
+    cfg, kind = config.model, w.kind
+    stacked = kind.letters.startswith("L")
+    letters, shape, layers = kind.letters[stacked:], w.shape[stacked:], w.shape[0] if stacked else 1
+    met = tokens[flops.tokens_met(w, cfg, T, S) or T]
+    size = 4 if "router" in w.path else jnp.dtype(cfg.dtype).itemsize
+    parts = losses.chunks_of(config.train.batch // config.train.microbatches, T, cfg.vocab) if _is_output(w, cfg) else 1
+    gathered, kept = parallel.weight_axes(letters, shape)
+    whole = math.prod(shape) // _shards(kept)  # what a device multiplies by
+    if kind.role == "vector":
+        yield from (Move("all-reduce", 4 * math.prod(shape), axes, layers, "gradients")
+                    for axes in (met.over_rows, met.over_length))
+    elif letters.startswith("E"):
+        yield from _experts(cfg, letters, shape, met, size * whole, gathered + kept, layers)
+    else:
+        if kind.role == "embedding":  # whose gradient is summed as it is used, then cut
+            yield Move("all-gather", size * whole, gathered, 1, "weights")
+            yield from (Move("all-reduce", size * whole, axes, 1 + (S > 0 and w.path[0] == "embed"), "gradients")
+                        for axes in (met.over_rows, met.over_length))
+        if kind.fan_in or _is_output(w, cfg):
+            again = parts * 2 if stacked or parts > 1 else int(not cfg.tied)  # small logits share a gather
+            yield Move("all-gather", size * whole, gathered, layers * again, "weights")
+            rest = tuple(axis for axis in met.over_rows + met.over_length if axis not in gathered)
+            yield Move("reduce-scatter", 4 * whole, gathered, layers * parts, "gradients")
+            yield Move("all-reduce", 4 * whole // _shards(gathered), rest, layers * parts, "gradients")
+            yield from _products(cfg, w, letters, shape, met, size, layers)
+
+
+def _products(cfg, w: flops.Weight, letters: str, shape: tuple, met: _Tokens, size: int, layers: int):
+    """Sums of y and dx over axes that divide what they contract, and keys and values brought together."""
+    sizes = dict(zip(letters, shape))
+    fan_in = w.kind.fan_in or "D"  # an embedding read backwards
+    into, out = ({a: n for a, n in sizes.items() if (a in fan_in) is side} for side in (True, False))
+    local = lambda dims: size * met.local * math.prod(n // _shards(parallel.activation_axes(a, n)) for a, n in dims.items())
+    axes = lambda dims: tuple(axis for a, n in dims.items() for axis in parallel.activation_axes(a, n))
+    last = cfg.norm_place == "pre" and w.path[-2] == "down"  # of a block, whose value nobody asks for again
+    again = int(cfg.remat == "full" and layers > 1 and not last)
+    yield Move("all-reduce", local(out), axes(into), layers * (1 + again), "activations")
+    yield Move("all-reduce", local(into), axes(out), layers, "activations")
+    if w.path[-2] in ("key", "value"):
+        whole = local(out) // met.local * met.rows * met.length
+        yield Move("all-gather", whole, met.over_length, layers * (1 + (cfg.remat != "none")), "keys and values")
+        yield Move("reduce-scatter", whole, met.over_length, layers, "keys and values")
+
+
+def _experts(cfg, letters, shape, met, whole, axes, layers):
+    """A table of experts, gathered for its use and kept until the backward pass unless remat gathers it again."""
+    gathered = tuple(a for a in axes if a not in parallel.activation_axes("F", shape[letters.index("F")]))
+    yield Move("all-gather", whole, gathered, layers * (1 + (cfg.remat != "none")), "weights")
+    yield Move("all-reduce", whole, met.over_rows + met.over_length, layers, "gradients")
+    if letters == "EFD":
+        over = parallel.activation_axes("F", shape[1])
+        size = jnp.dtype(cfg.dtype).itemsize
+        yield Move("all-reduce", size * met.local * cfg.width, over, 2 * layers, "activations")
+
+
+def _lookup(config: Config, met: _Tokens) -> list[Move]:
+    """Rows of a table whose vocabulary is divided: each device finds its own, and the sum is all."""
+    cfg = config.model
+    size = jnp.dtype(cfg.dtype).itemsize * met.local * cfg.width
+    return [Move("all-reduce", size, parallel.activation_axes("V", cfg.vocab), 1, "activations")]
+
+
+def _loss(config: Config, met: _Tokens) -> list[Move]:
+    """Four numbers a token are all that is summed over the vocabulary: two maxima, the partition, the target's."""
+    return [Move("all-reduce", 4 * met.local, parallel.activation_axes("V", config.model.vocab), 4, "loss")]
+
+
+def _layout(config: Config, met: _Tokens) -> list[Move]:
+    """Positions and segments of the keys that every token is compared with."""
+    count = 2 + (config.data.objective == "prefix")
+    return [Move("all-gather", 4 * met.rows * met.length, met.over_length, count, "keys and values")]
+
+
+def _is_output(w: flops.Weight, cfg) -> bool:
+    return w.kind.role == "head" or (cfg.tied and w.path[0] == "embed")
+
+
+def _shards(axes: tuple[str, ...]) -> int:
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in axes)
