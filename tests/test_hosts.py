@@ -1,0 +1,152 @@
+"""How processes join: what each environment means, what wrong flags are told, which rows each process reads."""
+
+import contextlib
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from lm_jax import hosts, parallel
+from lm_jax.config import ConfigError, MeshConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "4", "SLURM_PROCID": "3",
+         "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911"}
+CHIPS = {"TPU_ML_PLATFORM": "JAX"}  # what JAX notes of a machine with chips and libtpu
+
+
+@pytest.mark.parametrize("env", [
+    {},
+    SLURM | {"SLURM_NTASKS": "1"},
+    SLURM | {"SLURM_STEP_NUM_TASKS": "1"},  # a shell in an allocation of many
+    {key: value for key, value in SLURM.items() if key != "SLURM_STEP_NODELIST"},  # salloc or sbatch, without srun
+    OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"},
+    CHIPS | {"TPU_WORKER_HOSTNAMES": "localhost"},
+    CHIPS | {"TPU_SKIP_MDS_QUERY": "1"},
+    CHIPS | {"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"},
+])
+def test_one_process_is_alone(env):
+    assert hosts.joining(env) is None
+
+
+@pytest.mark.parametrize("env", [
+    CHIPS,  # Compute Engine, where the metadata server knows
+    CHIPS | {"TPU_WORKER_HOSTNAMES": "a,b"},
+    CHIPS | {"TPU_PROCESS_ADDRESSES": "a:1,b:1"},
+    CHIPS | {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"},
+])
+def test_hosts_of_a_tpu_pod_ask_the_tpu(env):
+    assert hosts.joining(env) == {}
+
+
+def test_slurm_and_open_mpi_join_by_their_own_words():
+    assert hosts.joining(SLURM)["cluster_detection_method"] == "slurm"
+    assert hosts.joining(OPEN_MPI | SLURM)["cluster_detection_method"] == "ompi", "mpirun in an allocation of Slurm"
+    newer = {key: value for key, value in OPEN_MPI.items() if key != "OMPI_MCA_orte_hnp_uri"}
+    with pytest.raises(ConfigError, match="pip install mpi4py, or pass --coordinator"):
+        hosts.joining(newer)
+
+
+@pytest.mark.parametrize("more, gpus", [
+    ({}, [1]),  # an unknown number: one each
+    ({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, [4, 5, 6, 7]),
+    ({"CUDA_VISIBLE_DEVICES": "5"}, []),  # bound by the launcher
+    ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2"}, []),
+    ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, []),  # a process a node has them all
+    ({"JAX_LOCAL_DEVICE_IDS": "3"}, None),
+])
+def test_processes_of_a_node_share_its_gpus(more, gpus):
+    assert hosts.joining(SLURM | more)["local_device_ids"] == gpus
+
+
+def test_flags_come_before_the_environment():
+    how = hosts.joining(SLURM | OPEN_MPI, "node1:1234", "2", "1")
+    assert (how["coordinator_address"], how["num_processes"], how["process_id"]) == ("node1:1234", 2, 1)
+    assert how["cluster_detection_method"] == "deactivate"
+
+
+@pytest.mark.parametrize("flags, said", [
+    (("node1:1234", "2", None), "pass all three"),
+    ((None, "2", "0"), "pass all three"),
+    (("node1", "2", "0"), "as in host:1234"),
+    (("node1:99999", "2", "0"), "as in host:1234"),
+    (("node1:1234", "2", "2"), "numbered from 0"),
+    (("node1:1234", "two", "0"), "numbered from 0"),
+], ids=str)
+def test_flags_that_are_wrong_name_the_cure(flags, said):
+    with pytest.raises(ConfigError, match=said):
+        hosts.joining({}, *flags)
+
+
+JOIN = """
+import sys
+from lm_jax import errors, hosts
+def main(argv):
+    hosts.start(*(argv[1:] or [None] * 3), timeout={timeout})
+    work = lambda: 1 // int(hosts.jax.process_index() != 1)
+    print(hosts.exchange("hello", f"from {{hosts.jax.process_index()}}"))
+    try:
+        hosts.together(work)
+    except (ConfigError, ZeroDivisionError) as e:
+        print("together:", e)
+    hosts.same(tokenizer="a", data="abc"[hosts.jax.process_index()])
+from lm_jax.config import ConfigError
+errors.run(main)
+"""
+
+
+def launch(argv=(), timeout=60, **env):
+    """A process that joins, says hello, fails alone, and disagrees."""
+    env = os.environ | env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", JOIN.format(timeout=timeout), *argv], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("cluster", ["slurm", "ompi"])
+def test_what_one_process_meets_all_are_told(cluster):
+    port = {"JAX_COORDINATOR_PORT": str(free_port())}
+    environments = {
+        "slurm": lambda i: SLURM | port | {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2",
+                                           "SLURM_PROCID": i, "SLURM_LOCALID": i},
+        "ompi": lambda i: OPEN_MPI | port | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": i,
+                                             "OMPI_COMM_WORLD_LOCAL_RANK": i}}
+    running = [launch(**environments[cluster](i)) for i in "01"]
+    outputs = [process.communicate(timeout=120) for process in running]
+    for process, (out, err) in zip(running, outputs):
+        assert "['from 0', 'from 1']" in out, err
+        assert process.returncode == 2 and "process 1 (b) has another data than process 0 (a)" in err
+    assert "2 processes, 4 devices" in outputs[0][0] and "2 processes" not in outputs[1][0], "one process speaks"
+    assert "together: process 1 cannot start: integer division" in outputs[0][0]
+    assert "together: integer division" in outputs[1][0]
+
+
+def test_a_process_whose_others_do_not_come_ends_in_time_and_says_so():
+    first = launch([f"127.0.0.1:{free_port()}", "2", "0"], timeout=2)
+    second = launch([f"127.0.0.1:{free_port()}", "2", "1"], timeout=2)
+    for process in (first, second):
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 2 and "did not find each other in 2 s: start all of them" in err, err
+
+
+def test_rows_go_where_their_devices_are(rng):
+    batch = {"tokens": rng.integers(0, 9, (8, 6)), "source": {"tokens": rng.integers(0, 9, (8, 4))}}
+    for mesh in (None, MeshConfig(), MeshConfig(fsdp=2, model=2, sequence=2), MeshConfig(fsdp=4, data=2)):
+        with jax.set_mesh(parallel.make_mesh(mesh)) if mesh else contextlib.nullcontext():
+            np.testing.assert_array_equal(hosts.rows_here(8), np.arange(8))
+            for put in (hosts.put_batch(batch), hosts.put_batch(batch, 8)):
+                jax.tree.map(np.testing.assert_array_equal, put, batch)
+                if mesh:
+                    assert put["tokens"].sharding.spec == parallel.activation("BT", (8, 6))
