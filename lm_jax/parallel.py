@@ -38,7 +38,7 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if sizes["replica"] % slices:
         raise ConfigError(f"mesh.replica={sizes['replica']} over {slices} TPU slices: set mesh.replica={slices}, or a "
                           "multiple, since only whole copies of a run are joined by the network between slices")

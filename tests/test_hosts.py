@@ -1,6 +1,7 @@
 """How processes join: what each environment means, what wrong flags are told, which rows each process reads."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import socket
@@ -150,3 +151,37 @@ def test_rows_go_where_their_devices_are(rng):
                 jax.tree.map(np.testing.assert_array_equal, put, batch)
                 if mesh:
                     assert put["tokens"].sharding.spec == parallel.activation("BT", (8, 6))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What of a device decides where it goes in a mesh."""
+
+    id: int
+    coords: tuple
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def pod(slices: int, *torus: int, **kind) -> list[Chip]:
+    """The chips of equal slices."""
+    places = [tuple(map(int, place)) for place in np.ndindex(*torus)]
+    return [Chip(s * len(places) + i, place, s, **kind) for s in range(slices) for i, place in enumerate(places)]
+
+
+def test_slices_lie_along_replica_and_a_torus_may_be_split():
+    mesh = parallel.make_mesh(MeshConfig(replica=4, fsdp=-1, model=2), pod(2, 2, 2, 4))
+    assert mesh.devices.shape == (4, 1, 4, 1, 1, 2)
+    assert [{chip.slice_index for chip in copy.flat} for copy in mesh.devices] == [{0}, {0}, {1}, {1}]
+    assert parallel.make_mesh(MeshConfig(fsdp=32, model=2), pod(1, 4, 4, 4)).devices.size == 64, "no axis is of 2"
+    with pytest.raises(ConfigError, match="mesh.replica=1 over 2 TPU slices: set mesh.replica=2"):
+        parallel.make_mesh(MeshConfig(), pod(2, 2, 2, 1))
+
+
+def test_gpus_of_a_node_are_neighbours_along_the_last_axes():
+    gpus = pod(4, 8, platform="gpu", device_kind="NVIDIA H100")  # a node is a slice to JAX
+    mesh = parallel.make_mesh(MeshConfig(fsdp=4, model=8), gpus[::-1])
+    assert [{gpu.slice_index for gpu in row.flat} for row in mesh.devices[0, 0]] == [{0}, {1}, {2}, {3}]
