@@ -11,7 +11,7 @@ from functools import partial
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from lm_jax.config import ConfigError, MeshConfig
 
@@ -56,6 +56,14 @@ def abstract_mesh(config: MeshConfig, devices: int, *, platform: str, kind: str 
     device = AbstractDevice(device_kind=kind or platform, num_cores=cores, platform=platform)
     return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES),
                         abstract_device=device)
+
+
+def on_mesh(types, mesh):
+    """Types of arrays, laid out by the mesh they were made under, on `mesh`, which may have real devices."""
+    def place(a):
+        spec = PartitionSpec() if a.sharding is None else a.sharding.spec
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+    return jax.tree.map(place, types)
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
@@ -124,13 +132,14 @@ def per_rows(f, x_BTD, *per_token, tables):
         x_BTD, *per_token, *tables)
 
 
-def per_shard(f, *arrays, letters: str):
-    """`f(*arrays)` on each device's own shards, laid out as activations with these letters ("BTNH BSKH .."); the
-    result is laid out as the first array. For kernels that the compiler cannot split."""
+def per_shard(f, *arrays, letters: tuple[str, ...]):
+    """`f(*arrays)` on each device's own shards, arrays laid out as activations with these letters, the result as the
+    first of them. For kernels that the compiler cannot split. An array may be None; f closes over none."""
     if not _axis_sizes():
         return f(*arrays)
-    specs = tuple(activation(each, x.shape) for each, x in zip(letters.split(), arrays, strict=True))
-    arrays = [jax.sharding.reshard(x, spec) for x, spec in zip(arrays, specs)]
+    pairs = zip(letters, arrays, strict=True)
+    specs = tuple(PartitionSpec() if x is None else activation(each, x.shape) for each, x in pairs)
+    arrays = [x if x is None else jax.sharding.reshard(x, spec) for x, spec in zip(arrays, specs)]
     return jax.shard_map(f, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)  # kernels say no vma
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lm_jax import parallel
 from lm_jax.config import ConfigError, TransformerConfig
 from lm_jax.models.layouts import Layout, visible
+from lm_jax.models.ring import ring
 from lm_jax.models.splash import LANES, splash
 
 MASKED = -1e30  # finite, so that a row which sees nothing gives numbers that nobody reads rather than NaN
@@ -108,6 +109,13 @@ def _splash_limits(cfg, length, shards):
         yield f"rows of {length} tokens, no multiple of {LANES}"
 
 
+def _ring_limits(cfg, length, shards):
+    if shards == 1:
+        yield "mesh.sequence=1"
+    if length is not None and length % (2 * shards):
+        yield f"rows of {length} tokens, no multiple of {2 * shards}"
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel, the platforms it runs on, what it can do beyond plain attention of a row to itself (causal or not,
@@ -123,8 +131,10 @@ EVERYTHING = ("window", "softcap", "sinks", "bias", "dropout", "prefix", "cache"
 KERNELS = {
     "xla": Kernel(xla, ("cpu", "gpu", "tpu"), frozenset(EVERYTHING)),
     "splash": Kernel(splash, ("tpu",), frozenset(("window", "softcap", "sinks")), _splash_limits),
+    "ring": Kernel(ring, ("cpu", "gpu", "tpu"), frozenset(("window", "softcap", "sinks", "prefix", "sequence")),
+                   _ring_limits),
 }
-AUTO = {"tpu": ("splash",), "gpu": ()}  # best first; then xla
+AUTO = {"tpu": ("splash", "ring"), "gpu": ("ring",)}  # best first; then xla
 
 
 def _reshape(x, shape, letters):

@@ -22,11 +22,9 @@ def splash(q_BTNH, k_BSKH, v_BSKH, query: Layout, key: Layout, *, causal, scale,
     interpreted: for tests.
     """
     k_BSKH, v_BSKH = (parallel.key_heads(x, "BSKH", q_BTNH.shape[2]) for x in (k_BSKH, v_BSKH))
-    letters, more = "BTNH BSKH BSKH BT BS", ()
-    if sinks_N is not None:
-        letters, more = letters + " N", (sinks_N,)
+    letters = ("BTNH", "BSKH", "BSKH", "BT", "BS", "N", "")
 
-    def local(q_BTNH, k_BSKH, v_BSKH, query_BT, key_BS, sinks_N=None):
+    def local(q_BTNH, k_BSKH, v_BSKH, query_BT, key_BS, sinks_N, slides):
         heads = lambda x: jnp.swapaxes(x, 1, 2)
 
         def rows(window):
@@ -34,11 +32,13 @@ def splash(q_BTNH, k_BSKH, v_BSKH, query: Layout, key: Layout, *, causal, scale,
             each = lambda q, k, v, *segments: attend(q, k, v, kernel.SegmentIds(*segments), sinks_N)
             return jax.vmap(each)(heads(q_BTNH * scale), heads(k_BSKH), heads(v_BSKH), query_BT, key_BS)
 
-        if sliding is True or not window:
+        if slides is None:
             return heads(rows(window))
-        return heads(jax.lax.cond(sliding, partial(rows, window), partial(rows, 0)))
+        return heads(jax.lax.cond(slides, partial(rows, window), partial(rows, 0)))
 
-    return parallel.per_shard(local, q_BTNH, k_BSKH, v_BSKH, query.segments_BT, key.segments_BT, *more, letters=letters)
+    slides = None if sliding is True or not window else sliding
+    return parallel.per_shard(local, q_BTNH, k_BSKH, v_BSKH, query.segments_BT, key.segments_BT, sinks_N, slides,
+                              letters=letters)
 
 
 def _kernel(shape, *, causal: bool, window: int, softcap: float):
