@@ -32,7 +32,8 @@ class MoE(nnx.Module):
         moe = self.cfg.moe
         logits_BTE = parallel.constrain(self.router(x_BTD.astype(jnp.float32)), "BTA")  # each device sees all experts
         probs_BTE = jax.nn.softmax(logits_BTE)
-        gates_BTA, chosen_BTA = jax.lax.top_k(probs_BTE, moe.top_k)
+        top = partial(jax.lax.top_k, k=moe.top_k)  # by itself, XLA brings all rows to every device for it
+        gates_BTA, chosen_BTA = parallel.per_shard(top, probs_BTE, letters=("BTA",))
         gates_BTA = gates_BTA / gates_BTA.sum(-1, keepdims=True)
         tables = [parallel.gather(w[...].astype(x_BTD.dtype), letters)
                   for w, letters in ((self.up, "EDF"), (self.gate, "EDF"), (self.down, "EFD")) if w is not None]

@@ -8,7 +8,6 @@ and scattered. tests/test_traffic.py holds this against compiled programs. Not c
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -79,22 +78,20 @@ def _weight(config: Config, w: flops.Weight, tokens: dict, T: int, S: int):
     letters, shape, layers = kind.letters[stacked:], w.shape[stacked:], w.shape[0] if stacked else 1
     met = tokens[flops.tokens_met(w, cfg, T, S) or T]
     size = 4 if "router" in w.path else jnp.dtype(cfg.dtype).itemsize
-    parts = losses.chunks_of(config.train.batch // config.train.microbatches, T, cfg.vocab) if _is_output(w, cfg) else 1
     gathered, kept = parallel.weight_axes(letters, shape)
     whole = math.prod(shape) // _shards(kept)  # what a device multiplies by
     if kind.role == "vector":
-        yield from (Move("all-reduce", 4 * math.prod(shape), axes, layers, "gradients")
-                    for axes in (met.over_rows, met.over_length))
+        yield from _vector(w, letters, shape, met, size, layers)
     elif letters.startswith("E"):
-        yield from _experts(cfg, letters, shape, met, size * whole, gathered + kept, layers)
+        yield from _experts(cfg, letters, shape, met, size * whole, gathered, layers)
     else:
         if kind.role == "embedding":  # whose gradient is summed as it is used, then cut
-            yield Move("all-gather", size * whole, gathered, 1, "weights")
-            yield from (Move("all-reduce", size * whole, axes, 1 + (S > 0 and w.path[0] == "embed"), "gradients")
-                        for axes in (met.over_rows, met.over_length))
-        if kind.fan_in or _is_output(w, cfg):
-            again = parts * 2 if stacked or parts > 1 else int(not cfg.tied)  # small logits share a gather
-            yield Move("all-gather", size * whole, gathered, layers * again, "weights")
+            yield from _gathers(size * whole, gathered, 1)
+            yield from _sums(size * whole, met, 1 + (S > 0 and w.path[0] == "embed"))
+        if kind.fan_in or _tied(w, cfg):
+            parts = _parts(config, w, T)
+            shared = 0 if _tied(w, cfg) else 1  # outside loops backward and forward share a gather, and with a lookup
+            yield from _gathers(size * whole, gathered, 2 * layers * parts if stacked or parts > 1 else shared)
             rest = tuple(axis for axis in met.over_rows + met.over_length if axis not in gathered)
             yield Move("reduce-scatter", 4 * whole, gathered, layers * parts, "gradients")
             yield Move("all-reduce", 4 * whole // _shards(gathered), rest, layers * parts, "gradients")
@@ -103,30 +100,55 @@ def _weight(config: Config, w: flops.Weight, tokens: dict, T: int, S: int):
 
 def _products(cfg, w: flops.Weight, letters: str, shape: tuple, met: _Tokens, size: int, layers: int):
     """Sums of y and dx over axes that divide what they contract, and keys and values brought together."""
-    sizes = dict(zip(letters, shape))
     fan_in = w.kind.fan_in or "D"  # an embedding read backwards
-    into, out = ({a: n for a, n in sizes.items() if (a in fan_in) is side} for side in (True, False))
+    into = {a: n for a, n in zip(letters, shape) if a in fan_in}
+    out = {a: n for a, n in zip(letters, shape) if a not in fan_in}
     local = lambda dims: size * met.local * math.prod(n // _shards(parallel.activation_axes(a, n)) for a, n in dims.items())
     axes = lambda dims: tuple(axis for a, n in dims.items() for axis in parallel.activation_axes(a, n))
     last = cfg.norm_place == "pre" and w.path[-2] == "down"  # of a block, whose value nobody asks for again
-    again = int(cfg.remat == "full" and layers > 1 and not last)
+    again = int(cfg.remat == "full" and "blocks" in w.path and not last)
     yield Move("all-reduce", local(out), axes(into), layers * (1 + again), "activations")
-    yield Move("all-reduce", local(into), axes(out), layers, "activations")
+    yield Move("all-reduce", local(into), axes(out), layers * _own_sum(w), "activations")
     if w.path[-2] in ("key", "value"):
         whole = local(out) // met.local * met.rows * met.length
         yield Move("all-gather", whole, met.over_length, layers * (1 + (cfg.remat != "none")), "keys and values")
         yield Move("reduce-scatter", whole, met.over_length, layers, "keys and values")
 
 
-def _experts(cfg, letters, shape, met, whole, axes, layers):
+def _own_sum(w: flops.Weight) -> int:
+    """1 if dx is summed over devices by itself; else compilers add it to its neighbour's before, but not the CPU's."""
+    shared = w.path[-2] in ("gate", "value") or (w.path[-2] == "key" and "cross" not in w.path)
+    return int(parallel.platform() == "cpu" or not shared)
+
+
+def _experts(cfg, letters, shape, met, whole, gathered, layers):
     """A table of experts, gathered for its use and kept until the backward pass unless remat gathers it again."""
-    gathered = tuple(a for a in axes if a not in parallel.activation_axes("F", shape[letters.index("F")]))
-    yield Move("all-gather", whole, gathered, layers * (1 + (cfg.remat != "none")), "weights")
+    yield from _gathers(whole, gathered, layers * (1 + (cfg.remat != "none")))
     yield Move("all-reduce", whole, met.over_rows + met.over_length, layers, "gradients")
     if letters == "EFD":
-        over = parallel.activation_axes("F", shape[1])
-        size = jnp.dtype(cfg.dtype).itemsize
-        yield Move("all-reduce", size * met.local * cfg.width, over, 2 * layers, "activations")
+        size = jnp.dtype(cfg.dtype).itemsize * met.local * cfg.width
+        yield Move("all-reduce", size, parallel.activation_axes("F", shape[1]), 2 * layers, "activations")
+
+
+def _vector(w: flops.Weight, letters: str, shape: tuple, met: _Tokens, size: int, layers: int):
+    """Norms and biases are replicated; of a divided activation's bias each device finds a part of the gradient."""
+    axes = tuple(axis for a, n in zip(letters, shape) for axis in parallel.activation_axes(a, n))
+    size = (size if w.path[-1] == "b" else 4) * math.prod(shape)
+    yield from _sums(size // _shards(axes), met, layers)
+    yield Move("all-gather", size, axes, layers, "gradients")
+
+
+def _gathers(whole: int, axes: tuple[str, ...], times: int):
+    """A weight that is divided along several letters is brought together one after the other."""
+    whole //= _shards(axes)
+    for axis in reversed(axes):
+        whole *= _shards((axis,))
+        yield Move("all-gather", whole, (axis,), times, "weights")
+
+
+def _sums(size: int, met: _Tokens, times: int):
+    """Over rows and over tokens, one after the other."""
+    yield from (Move("all-reduce", size, axes, times, "gradients") for axes in (met.over_rows, met.over_length))
 
 
 def _lookup(config: Config, met: _Tokens) -> list[Move]:
@@ -147,8 +169,16 @@ def _layout(config: Config, met: _Tokens) -> list[Move]:
     return [Move("all-gather", 4 * met.rows * met.length, met.over_length, count, "keys and values")]
 
 
-def _is_output(w: flops.Weight, cfg) -> bool:
-    return w.kind.role == "head" or (cfg.tied and w.path[0] == "embed")
+def _tied(w: flops.Weight, cfg) -> bool:
+    """Whether an embedding is the output table too."""
+    return cfg.tied and w.path[0] == "embed"
+
+
+def _parts(config: Config, w: flops.Weight, T: int) -> int:
+    """How often a step uses a weight: those of the loss once for each part of the logits."""
+    if not (_tied(w, config.model) or w.path[0] in ("unembed", "transform")):
+        return 1
+    return losses.chunks_of(config.train.batch // config.train.microbatches, T, config.model.vocab)
 
 
 def _shards(axes: tuple[str, ...]) -> int:
