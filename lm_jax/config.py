@@ -230,10 +230,10 @@ def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def parse(argv: list[str], *, doc: str, **more) -> tuple[Config, flags.FlagValues]:
-    """Flags of a main: `--config`, overrides of its keys, `--workdir`, `--print_config`, and strings named in `more`.
+def parse(argv: list[str], *, doc: str, switches: dict[str, str] | None = None, **more) -> tuple[Config, flags.FlagValues]:
+    """Flags of a main: `--config`, overrides of its keys, `--workdir`, `--print_config`, and those of this main.
 
-    `more` maps a flag's name to its help. Returns the checked config and the flag values; `--help` and
+    `more` maps the name of a flag that takes a string to its help, `switches` that of one which is on or off. Returns the checked config and the flag values; `--help` and
     `--print_config` print and exit 0.
     """
     values = flags.FlagValues()
@@ -243,6 +243,8 @@ def parse(argv: list[str], *, doc: str, **more) -> tuple[Config, flags.FlagValue
     flags.DEFINE_boolean("help", False, "show this and exit", short_name="h", flag_values=values)
     for name, text in more.items():
         flags.DEFINE_string(name, None, text, flag_values=values)
+    for name, text in (switches or {}).items():
+        flags.DEFINE_boolean(name, False, text, flag_values=values)
     try:
         rest = values(argv)[1:]
         chosen = values["config"].value

@@ -1,0 +1,107 @@
+"""How long a step takes on hardware that nobody has yet: compute, memory, links and network, and the slowest of them.
+
+The model. A chip does its products and its passes over memory one after the other, as XLA's operations come. Weights
+and gradients travel meanwhile (compilers send them ahead) and count only where they take longer than both; what one
+product makes and the next one needs (tensor parallel sums, keys and values, the loss) is waited for.
+
+    seconds = max(compute + memory, weights and gradients on links and network) + the rest on links and network
+
+Nominal peaks are never reached: `REACHED` is the share that long products, streams and collectives do reach. Large
+bfloat16 products reach 80 to 90 % of a TPU's peak and 65 to 75 % of a Hopper's, which lowers its clock under them;
+memory and links, some 80 to 90 %. A step has latencies besides, which no roofline knows: small ones take longer.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax import losses, parallel
+from lm_jax.config import Config
+from lm_jax.models import flops, kernels
+from lm_jax.preflight import traffic
+from lm_jax.preflight.topology import Topology
+from lm_jax.preflight.wiring import Wiring
+from lm_jax.recipes.pretrain import row_lengths
+
+REACHED = {"tpu": 0.85, "gpu": 0.70, "memory": 0.85, "links": 0.80, "network": 0.80}
+AHEAD = ("weights", "gradients")  # what is moved while others compute
+STATE_BYTES = {"adamw": 16, "lion": 8, "muon": 8, "adafactor": 0}  # read and written a weight: its moments
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of a step on each resource, what of links and network is waited for, and the step's own."""
+
+    compute: float
+    memory: float
+    links: float
+    network: float
+    waited: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute + self.memory, self.links + self.network - self.waited) + self.waited
+
+    @property
+    def bound_by(self) -> str:
+        return max(("compute", "memory", "links", "network"), key=lambda name: getattr(self, name))
+
+
+def of(config: Config, mesh, topology: Topology) -> Roofline:
+    """The roofline of one step of `config`, whose model knows its vocabulary, on a mesh over the topology."""
+    device, wires = topology.device, Wiring(dict(mesh.shape), topology)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        products, stream = computed(config), _stream(config, mesh)
+    peak = device.flops32 if config.model.dtype == "float32" else device.flops
+    links = network = waited = 0.0
+    for move in traffic.step(config, mesh):
+        near, far = (move.times * seconds for seconds in wires.seconds(move))
+        near, far = near / REACHED["links"], far / REACHED["network"]
+        links, network = links + near, network + far
+        waited += 0.0 if move.what in AHEAD else near + far
+    return Roofline(products / (topology.chips * peak * REACHED[device.platform]),
+                    stream / (device.memory_rate / device.per_chip * REACHED["memory"]), links, network, waited)
+
+
+def computed(config: Config) -> float:
+    """FLOPs of a step over all devices as they are really computed, with what remat does again and masks do not skip."""
+    cfg, (T, S), rows = config.model, row_lengths(config), config.train.batch
+    skips = kernels.choose(cfg, T) != "xla"
+    once = flops.forward(cfg, T, S, causal=skips)
+    head = 2 * cfg.width * cfg.vocab * T
+    again = {"none": 0, "dots": flops.scores(cfg, T, S, causal=skips), "full": once - head}[cfg.remat]
+    again += head if losses.chunks_of(rows // config.train.microbatches, T, cfg.vocab) > 1 else 0
+    return rows * (3 * once + again)
+
+
+def _stream(config: Config, mesh) -> float:
+    """Bytes of memory that a device reads and writes in a step: weights, state, activations, scores, logits."""
+    cfg, (T, S), micro = config.model, row_lengths(config), config.train.microbatches
+    size, rows = jnp.dtype(cfg.dtype).itemsize, config.train.batch // micro
+    passes = 3 + (cfg.remat == "full")  # forward, two products backward, and again
+    total = 0.0
+    for w in flops.weights(cfg):
+        stacked = w.kind.letters.startswith("L")
+        letters, shape, layers = w.kind.letters[stacked:], w.shape[stacked:], w.shape[0] if stacked else 1
+        gathered, kept = parallel.weight_axes(letters, shape)
+        mine = w.size / math.prod(mesh.shape[axis] for axis in gathered + kept)
+        used = w.size / math.prod(mesh.shape[axis] for axis in kept)
+        total += mine * (4 * 3 + STATE_BYTES[config.optim.name])  # the update reads weight and gradient, writes one
+        total += micro * used * (passes * size + 4)
+        if w.kind.fan_in:
+            visits = cfg.moe.top_k if letters.startswith("E") else 1
+            ends = {a: n for a, n in zip(letters, shape) if a != "E"}
+            local = sum(parallel.local_size("BT" + "".join(side), (rows, flops.tokens_met(w, cfg, T, S), *side.values()))
+                        for side in _sides(ends, w.kind.fan_in))
+            total += micro * layers * passes * visits * size * local
+    if kernels.choose(cfg, T) == "xla":  # float32 scores are written and read by softmax, forward, backward and again
+        pairs = parallel.local_size("BNTS", (rows, cfg.heads, T, T)) * cfg.depth
+        pairs += parallel.local_size("BNTS", (rows, cfg.heads, S, S)) * cfg.encoder_depth if S else 0
+        total += micro * pairs * 4 * 2 * passes
+    return total + micro * parallel.local_size("BTV", (rows, T, cfg.vocab)) * 4 * 2 * 3
+
+
+def _sides(ends: dict[str, int], fan_in: str) -> tuple[dict, dict]:
+    return tuple({a: n for a, n in ends.items() if (a in fan_in) is side} for side in (True, False))
