@@ -39,9 +39,7 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
-    if sizes["replica"] % slices:
-        raise ConfigError(f"mesh.replica={sizes['replica']} over {slices} TPU slices: set mesh.replica={slices}, or a "
-                          "multiple, since only whole copies of a run are joined by the network between slices")
+    _check_slices(sizes, slices)
     laid = partial(_laid, tuple(sizes.values()), slices, devices)
     try:
         grid = laid(split=False)
@@ -50,10 +48,11 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def abstract_mesh(config: MeshConfig, devices: int, *, platform: str, kind: str = "", cores: int = 1) -> AbstractMesh:
+def abstract_mesh(config: MeshConfig, devices: int, *, platform: str, kind: str = "", slices: int = 1) -> AbstractMesh:
     """The mesh of `config` over so many devices that need not exist: enough to check and measure every layout."""
     sizes = mesh_sizes(config, devices)
-    device = AbstractDevice(device_kind=kind or platform, num_cores=cores, platform=platform)
+    _check_slices(sizes, slices)
+    device = AbstractDevice(device_kind=kind or platform, num_cores=1, platform=platform)
     return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES),
                         abstract_device=device)
 
@@ -164,6 +163,11 @@ def weight_axes(letters: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], 
     return tuple(a for a in axes if a in ACTIVATIONS["B"]), tuple(a for a in axes if a not in ACTIVATIONS["B"])
 
 
+def devices_along(axes: tuple[str, ...]) -> int:
+    """How many devices lie along some axes of the mesh in use."""
+    return math.prod(_axis_sizes()[axis] for axis in axes)
+
+
 def activation_axes(letter: str, size: int) -> tuple[str, ...]:
     """The mesh axes that divide an activation along a letter of this size."""
     return _names(activation(letter, (size,)) or ())
@@ -222,6 +226,12 @@ def _laid(shape, slices, devices, *, split):
     return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=split)
 
 
+def _check_slices(sizes: dict[str, int], slices: int):
+    if sizes["replica"] % slices:
+        raise ConfigError(f"mesh.replica={sizes['replica']} over {slices} TPU slices: set mesh.replica={slices}, or a "
+                          "multiple, since only whole copies of a run are joined by the network between slices")
+
+
 def _spec(table, letters, shape):
     sizes = _axis_sizes()
     if not sizes:
@@ -246,5 +256,6 @@ def _names(spec) -> tuple[str, ...]:
 
 
 def _axis_sizes() -> dict[str, int]:
+    """Of the mesh in use; within a shard_map, where each device is on its own, there is none."""
     mesh = jax.sharding.get_abstract_mesh()
-    return {} if mesh.empty else dict(mesh.shape)
+    return {axis: mesh.shape[axis] for axis in mesh.explicit_axes}

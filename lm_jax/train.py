@@ -34,6 +34,7 @@ def main(argv):
     def opened():
         workdir.open(config.to_dict(c))
         parallel.rows_divide(c.train.batch, c.train.microbatches)
+        pretrain.attention(c)  # raises before data are prepared
         return store.prepare(c.data, say=hosts.say)
 
     recipe = pretrain.Pretraining(c, hosts.together(opened))

@@ -11,45 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from lm_jax import parallel
 from lm_jax.config import ConfigError, TransformerConfig
-from lm_jax.models.layouts import Layout, visible
+from lm_jax.models.cudnn import GENERATIONS, cudnn
+from lm_jax.models.layouts import Layout
 from lm_jax.models.ring import ring
 from lm_jax.models.splash import LANES, splash
-
-MASKED = -1e30  # finite, so that a row which sees nothing gives numbers that nobody reads rather than NaN
-
-
-def xla(q_BTNH, k_BSKH, v_BSKH, query: Layout, key: Layout, *, causal, scale, window=0, sliding=True, softcap=0.0,
-        sinks_N=None, bias_BNTS=None, drop=None):
-    """Softmax attention in plain XLA, logits in float32 and written out; it can do everything, anywhere."""
-    k_BSKH, v_BSKH = (parallel.key_heads(x, "BSKH", q_BTNH.shape[2]) for x in (k_BSKH, v_BSKH))
-    mask_BTS = visible(query, key, causal=causal, window=window if sliding is True else jnp.where(sliding, window, 0))
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = _reshape(q_BTNH, (B, T, K, N // K, H), "BTKGH")
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
-    if softcap:
-        logits = softcap * jnp.tanh(logits / softcap)
-    if bias_BNTS is not None:
-        logits += _reshape(bias_BNTS, (bias_BNTS.shape[0], K, N // K, *bias_BNTS.shape[2:]), "BKGTS")
-    logits = jnp.where(mask_BTS[:, None, None], logits, MASKED)
-    highest = logits.max(-1, keepdims=True)
-    if sinks_N is not None:
-        sinks = sinks_N.reshape(K, N // K, 1, 1)
-        highest = jnp.maximum(highest, sinks)
-    highest = jax.lax.stop_gradient(highest)
-    weights = jnp.exp(logits - highest)
-    total = weights.sum(-1, keepdims=True)
-    if sinks_N is not None:
-        total += jnp.exp(sinks - highest)
-    probs = weights / total
-    probs = (probs if drop is None else drop(probs)).astype(v_BSKH.dtype)
-    y_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probs, v_BSKH)
-    return _reshape(y_BTKGH, (B, T, N, H), "BTNH")
-
+from lm_jax.models.xla import xla
 
 def attend(name: str, q_BTNH, k_BSKH, v_BSKH, query: Layout, key: Layout, **asked):
     """y_BTNH by the kernel of this name; of what is `asked`, None is not."""
@@ -109,6 +78,18 @@ def _splash_limits(cfg, length, shards):
         yield f"rows of {length} tokens, no multiple of {LANES}"
 
 
+def _cudnn_limits(cfg, length, shards):
+    if cfg.dtype != "bfloat16":
+        yield f"model.dtype={cfg.dtype!r}"
+    if cfg.sizes["H"] % 8 or cfg.sizes["H"] > 256:
+        yield f"heads of {cfg.sizes['H']}, no multiple of 8 up to 256"
+    if cfg.window and (not cfg.causal or cfg.encoder_depth):
+        yield "model.window where tokens are seen both ways"
+    here = getattr(jax.devices()[0], "compute_capability", "") if jax.default_backend() == "gpu" else GENERATIONS[0]
+    if here.split(".")[0] not in GENERATIONS:
+        yield f"compute capability {here}"
+
+
 def _ring_limits(cfg, length, shards):
     if shards == 1:
         yield "mesh.sequence=1"
@@ -130,12 +111,9 @@ class Kernel:
 EVERYTHING = ("window", "softcap", "sinks", "bias", "dropout", "prefix", "cache", "cross", "sequence")
 KERNELS = {
     "xla": Kernel(xla, ("cpu", "gpu", "tpu"), frozenset(EVERYTHING)),
+    "cudnn": Kernel(cudnn, ("gpu",), frozenset(("window",)), _cudnn_limits),
     "splash": Kernel(splash, ("tpu",), frozenset(("window", "softcap", "sinks")), _splash_limits),
     "ring": Kernel(ring, ("cpu", "gpu", "tpu"), frozenset(("window", "softcap", "sinks", "prefix", "sequence")),
                    _ring_limits),
 }
-AUTO = {"tpu": ("splash", "ring"), "gpu": ("ring",)}  # best first; then xla
-
-
-def _reshape(x, shape, letters):
-    return jnp.reshape(x, shape, out_sharding=parallel.activation(letters, shape))
+AUTO = {"tpu": ("splash", "ring"), "gpu": ("cudnn", "ring")}  # best first; then xla

@@ -1,6 +1,7 @@
 """Pretraining: a store of packed text, one of the objectives made from it, and the one cross-entropy."""
 
 import math
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -9,10 +10,10 @@ import numpy as np
 
 from lm_jax import hosts, losses, parallel, trainer
 from lm_jax.config import Config, ConfigError
-from lm_jax.data import examples
+from lm_jax.data import examples, tokenizer
 from lm_jax.data.loader import Loader, validation
 from lm_jax.data.store import Store
-from lm_jax.models import flops, transformer
+from lm_jax.models import flops, kernels, transformer
 from lm_jax.trainer import Every, Recipe
 
 
@@ -129,11 +130,30 @@ def sized(config: Config, vocab: int):
     return replace(model, vocab=model.vocab or vocab)
 
 
+def planned(config: Config) -> Config:
+    """The config with its model's vocabulary filled in before any text is read: a trained tokenizer will have what
+    data.vocab says, one in a file has its own, and where the file is not here the config must say."""
+    data, model = config.data, config.model
+    if data.tokenizer in tokenizer.TRAINED:
+        return replace(config, model=sized(config, data.vocab))
+    if data.tokenizer == "byte" or os.path.isfile(data.tokenizer):
+        return replace(config, model=sized(config, tokenizer.make(data.tokenizer, (), vocab=0).vocab))
+    if not model.vocab:
+        raise ConfigError(f"data.tokenizer={data.tokenizer!r} is no file here, so that its vocabulary is not known: "
+                          "bring it here, or set model.vocab")
+    return config
+
+
 def row_lengths(config: Config) -> tuple[int, int]:
     """Tokens of a row of the only stack or the decoder, and of the encoder."""
     if config.model.encoder_depth:
         return examples.target_length(config.data), config.data.length
     return config.data.length, 0
+
+
+def attention(config: Config) -> str:
+    """The kernels that attention takes, on this mesh; ConfigError if the one named cannot do what is asked."""
+    return kernels.chosen(config.model, *row_lengths(config), prefix=config.data.objective == "prefix")
 
 
 def _total(sums) -> dict[str, float]:

@@ -16,7 +16,7 @@ from lm_jax.inference.generate import generate
 from lm_jax.inference.sample import Sampler
 from lm_jax.models import flops
 from lm_jax.models.layers import kinds
-from lm_jax.recipes.pretrain import Pretraining, row_lengths
+from lm_jax.recipes.pretrain import Pretraining, attention, row_lengths
 from lm_jax.trainer import parameters
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
@@ -36,7 +36,7 @@ def manifest(recipe: Pretraining, mesh: dict, before: dict | None) -> dict:
     return {
         "config": config.to_dict(c), "config_digest": config.digest(config.to_dict(c)), "seed": c.seed,
         "data_digest": recipe.store.digest, "data": str(recipe.store.path), "tokenizer": recipe.store.tokenizer.digest,
-        **start, "attention": "xla", "starts": [*(before or {}).get("starts", []), start],
+        **start, "attention": attention(c), "starts": [*(before or {}).get("starts", []), start],
         "parameters": flops.parameters(model), "flops_per_token": _flops_per_token(recipe),
     }
 
@@ -52,7 +52,7 @@ def headline(recipe: Pretraining, mesh: dict, model) -> str:
     rows = c.train.batch * c.train.steps
     return (f"{c.name}: {n['total']:,} parameters ({n['non_embedding']:,} without embeddings), "
             f"{_flops_per_token(recipe):.3g} FLOPs a token; {jax.devices()[0].device_kind}, {axes}, "
-            f"{recipe.model_config.dtype}; "
+            f"{recipe.model_config.dtype}, attention by {attention(c)}; "
             f"{c.train.steps:,} steps of {c.train.batch} rows of {sum(row_lengths(c)):,} tokens: "
             f"{rows / recipe.rows_available:.2f} passes over {recipe.store.manifest['name']}{short}")
 
