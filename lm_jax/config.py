@@ -230,11 +230,12 @@ def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def parse(argv: list[str], *, doc: str, switches: dict[str, str] | None = None, **more) -> tuple[Config, flags.FlagValues]:
+def parse(argv: list[str], *, doc: str, switches: dict[str, str] | None = None, **more
+          ) -> tuple[Config, flags.FlagValues]:
     """Flags of a main: `--config`, overrides of its keys, `--workdir`, `--print_config`, and those of this main.
 
-    `more` maps the name of a flag that takes a string to its help, `switches` that of one which is on or off. Returns the checked config and the flag values; `--help` and
-    `--print_config` print and exit 0.
+    `more` maps the name of a flag that takes a string to its help, `switches` that of one which is on or off. Returns
+    the checked config and the flag values; `--help` and `--print_config` print and exit 0.
     """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "file with a get_config()", flag_values=values, sys_argv=argv)

@@ -27,7 +27,7 @@ def forward(cfg: TransformerConfig, tokens: int, source: int = 0, *, causal: boo
     if (source > 0) != (cfg.encoder_depth > 0):
         raise ValueError(f"source={source} tokens for encoder_depth={cfg.encoder_depth}: an encoder reads some, "
                          "a model without one reads none")
-    dense = sum(_active(weight, cfg) * tokens_met(weight, cfg, tokens, source) for weight in weights(cfg))
+    dense = sum(active(weight, cfg) * tokens_met(weight, cfg, tokens, source) for weight in weights(cfg))
     return 2 * dense + scores(cfg, tokens, source, causal=causal)
 
 
@@ -50,7 +50,7 @@ def parameters(cfg: TransformerConfig) -> dict[str, int]:
     token does not visit.
     """
     sizes = {side: sum(w.size for w in weights(cfg) if _side(w) == side) for side in ("embedding", "head", "non_embedding")}
-    return {"total": sum(sizes.values())} | sizes | {"active": sum(_active(w, cfg) for w in weights(cfg))}
+    return {"total": sum(sizes.values())} | sizes | {"active": sum(active(w, cfg) for w in weights(cfg))}
 
 
 def count(f, *args, trips: int | None = None) -> int:
@@ -97,7 +97,7 @@ def tokens_met(weight: Weight, cfg: TransformerConfig, tokens: int, source: int)
     return source if path[0] == "encoder" or memory else tokens
 
 
-def _active(weight: Weight, cfg: TransformerConfig) -> int:
+def active(weight: Weight, cfg: TransformerConfig) -> int:
     """Numbers of a weight that one token meets: all, or those of its own experts."""
     experts = weight.kind.letters.removeprefix("L").startswith("E")
     return weight.size * cfg.moe.top_k // cfg.moe.experts if experts else weight.size

@@ -119,7 +119,7 @@ def _group(rest: str) -> int:
     """Devices in a replica group, in each of the ways that XLA writes them."""
     if "source_target_pairs=" in rest:
         return 2
-    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):  # axes by name, perhaps a part of one
+    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):  # named, perhaps a part of one
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])
         return math.prod(int(part or sizes[name]) for name, part in parts)

@@ -61,19 +61,30 @@ def of(config: Config, mesh, topology: Topology) -> Roofline:
         near, far = near / REACHED["links"], far / REACHED["network"]
         links, network = links + near, network + far
         waited += 0.0 if move.what in AHEAD else near + far
-    return Roofline(products / (topology.chips * peak * REACHED[device.platform]),
+    return Roofline(products / (peak / device.per_chip * REACHED[device.platform]),
                     stream / (device.memory_rate / device.per_chip * REACHED["memory"]), links, network, waited)
 
 
 def computed(config: Config) -> float:
-    """FLOPs of a step over all devices as they are really computed, with what remat does again and masks do not skip."""
+    """FLOPs that one device of the mesh in use really computes in a step: what remat does again too, and what letters
+    that do not divide their axis have several devices do."""
     cfg, (T, S), rows = config.model, row_lengths(config), config.train.batch
+    chunked = losses.chunks_of(rows // config.train.microbatches, T, cfg.vocab) > 1
+    total = 0.0
+    for w in flops.weights(cfg):
+        again = cfg.remat == "full" if "blocks" in w.path else chunked
+        axes = _over(zip(w.kind.letters.removeprefix("L"), w.shape[w.kind.letters.startswith("L"):]))
+        met = flops.tokens_met(w, cfg, T, S)
+        total += 2 * (3 + again) * flops.active(w, cfg) * met / parallel.devices_along(axes + _over([("T", met)]))
     skips = kernels.choose(cfg, T) != "xla"
-    once = flops.forward(cfg, T, S, causal=skips)
-    head = 2 * cfg.width * cfg.vocab * T
-    again = {"none": 0, "dots": flops.scores(cfg, T, S, causal=skips), "full": once - head}[cfg.remat]
-    again += head if losses.chunks_of(rows // config.train.microbatches, T, cfg.vocab) > 1 else 0
-    return rows * (3 * once + again)
+    scores = flops.scores(cfg, T, S, causal=skips) * (3 + (cfg.remat != "none"))
+    total += scores / parallel.devices_along(_over([("N", cfg.heads), ("T", T)]))
+    return total * parallel.local_size("B", (rows,))
+
+
+def _over(sizes) -> tuple[str, ...]:
+    """The axes that divide an activation along these letters."""
+    return tuple(axis for a, n in sizes for axis in parallel.activation_axes(a, n))
 
 
 def _stream(config: Config, mesh) -> float:
@@ -93,7 +104,8 @@ def _stream(config: Config, mesh) -> float:
         if w.kind.fan_in:
             visits = cfg.moe.top_k if letters.startswith("E") else 1
             ends = {a: n for a, n in zip(letters, shape) if a != "E"}
-            local = sum(parallel.local_size("BT" + "".join(side), (rows, flops.tokens_met(w, cfg, T, S), *side.values()))
+            met = flops.tokens_met(w, cfg, T, S)
+            local = sum(parallel.local_size("BT" + "".join(side), (rows, met, *side.values()))
                         for side in _sides(ends, w.kind.fan_in))
             total += micro * layers * passes * visits * size * local
     if kernels.choose(cfg, T) == "xla":  # float32 scores are written and read by softmax, forward, backward and again

@@ -78,8 +78,9 @@ def parse(name: str) -> Topology:
     device, times = DEVICES[kind], int(times or 1)
     if not count and not shape and (device.platform == "tpu" or not match[1]):
         raise ConfigError(f"--topology={name!r} says no number of chips: write {FORMS}")
-    one = _gpus(name, device, int(count or 1) * times) if device.platform == "gpu" else _torus(name, device, count, shape)
-    return one if device.platform == "gpu" else replace(one, slices=_at_least_1(name, times))
+    if device.platform == "gpu":
+        return _gpus(name, device, int(count or 1) * times)
+    return replace(_torus(name, device, count, shape), slices=_at_least_1(name, times))
 
 
 def _at_least_1(name: str, count: int) -> int:

@@ -3,7 +3,7 @@
 A weight's letters say it all, as they do in flops.py. y = x w needs w gathered over the axes of rows that it is divided
 over, forward and backward (the compiler shares the backward's with what remat computes again); y is summed over axes
 that divide letters it drops, dx over those that divide letters it keeps; dw is summed over all axes that divide tokens,
-and scattered. tests/test_traffic.py holds this against compiled programs. Not counted: scalars, and Muon's own products.
+and scattered. tests/test_traffic.py holds this against compiled programs. Scalars and Muon's products are not counted.
 """
 
 import math
@@ -79,7 +79,7 @@ def _weight(config: Config, w: flops.Weight, tokens: dict, T: int, S: int):
     met = tokens[flops.tokens_met(w, cfg, T, S) or T]
     size = 4 if "router" in w.path else jnp.dtype(cfg.dtype).itemsize
     gathered, kept = parallel.weight_axes(letters, shape)
-    whole = math.prod(shape) // _shards(kept)  # what a device multiplies by
+    whole = math.prod(shape) // parallel.devices_along(kept)  # what a device multiplies by
     if kind.role == "vector":
         yield from _vector(w, letters, shape, met, size, layers)
     elif letters.startswith("E"):
@@ -94,7 +94,7 @@ def _weight(config: Config, w: flops.Weight, tokens: dict, T: int, S: int):
             yield from _gathers(size * whole, gathered, 2 * layers * parts if stacked or parts > 1 else shared)
             rest = tuple(axis for axis in met.over_rows + met.over_length if axis not in gathered)
             yield Move("reduce-scatter", 4 * whole, gathered, layers * parts, "gradients")
-            yield Move("all-reduce", 4 * whole // _shards(gathered), rest, layers * parts, "gradients")
+            yield Move("all-reduce", 4 * whole // parallel.devices_along(gathered), rest, layers * parts, "gradients")
             yield from _products(cfg, w, letters, shape, met, size, layers)
 
 
@@ -103,8 +103,8 @@ def _products(cfg, w: flops.Weight, letters: str, shape: tuple, met: _Tokens, si
     fan_in = w.kind.fan_in or "D"  # an embedding read backwards
     into = {a: n for a, n in zip(letters, shape) if a in fan_in}
     out = {a: n for a, n in zip(letters, shape) if a not in fan_in}
-    local = lambda dims: size * met.local * math.prod(n // _shards(parallel.activation_axes(a, n)) for a, n in dims.items())
     axes = lambda dims: tuple(axis for a, n in dims.items() for axis in parallel.activation_axes(a, n))
+    local = lambda dims: size * met.local * math.prod(dims.values()) // parallel.devices_along(axes(dims))
     last = cfg.norm_place == "pre" and w.path[-2] == "down"  # of a block, whose value nobody asks for again
     again = int(cfg.remat == "full" and "blocks" in w.path and not last)
     yield Move("all-reduce", local(out), axes(into), layers * (1 + again), "activations")
@@ -134,15 +134,15 @@ def _vector(w: flops.Weight, letters: str, shape: tuple, met: _Tokens, size: int
     """Norms and biases are replicated; of a divided activation's bias each device finds a part of the gradient."""
     axes = tuple(axis for a, n in zip(letters, shape) for axis in parallel.activation_axes(a, n))
     size = (size if w.path[-1] == "b" else 4) * math.prod(shape)
-    yield from _sums(size // _shards(axes), met, layers)
+    yield from _sums(size // parallel.devices_along(axes), met, layers)
     yield Move("all-gather", size, axes, layers, "gradients")
 
 
 def _gathers(whole: int, axes: tuple[str, ...], times: int):
     """A weight that is divided along several letters is brought together one after the other."""
-    whole //= _shards(axes)
+    whole //= parallel.devices_along(axes)
     for axis in reversed(axes):
-        whole *= _shards((axis,))
+        whole *= parallel.devices_along((axis,))
         yield Move("all-gather", whole, (axis,), times, "weights")
 
 
@@ -179,8 +179,3 @@ def _parts(config: Config, w: flops.Weight, T: int) -> int:
     if not (_tied(w, config.model) or w.path[0] in ("unembed", "transform")):
         return 1
     return losses.chunks_of(config.train.batch // config.train.microbatches, T, config.model.vocab)
-
-
-def _shards(axes: tuple[str, ...]) -> int:
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes[axis] for axis in axes)
