@@ -73,7 +73,7 @@ def make_step(loss: Loss, tx, rate, *, trainable=nnx.Param, microbatches: int = 
     """
 
     def scored(params, model, batch, key):
-        metrics = loss(_with(model, params), batch, key)
+        metrics = loss(with_parameters(model, params), batch, key)
         return metrics["objective"].total, metrics
 
     def step(state: State, batch: Batch, key):
@@ -87,7 +87,7 @@ def make_step(loss: Loss, tx, rate, *, trainable=nnx.Param, microbatches: int = 
                  "param_norm": optax.tree.norm(params), "lr": rate(state.opt.accepted),
                  "skipped": opt.skipped, "streak": opt.streak}
         values = {name: m.value if isinstance(m, Mean) else m for name, m in metrics.items()}
-        return State(state.step + 1, _with(state.model, params), opt), values | norms
+        return State(state.step + 1, with_parameters(state.model, params), opt), values | norms
 
     return step
 
@@ -120,15 +120,15 @@ class Trainer:
 
     def restore(self, say) -> tuple[int, float]:
         """Go on from the newest intact checkpoint, if there is one; its step, and the seconds of training before it."""
-        found = self.checkpoints.restore(_saved(self.state))
-        step, saved, extra = found or (0, None, {"seconds": 0.0})
-        if saved and extra["data"] != self.recipe.data:
+        found = self.checkpoints.restore(saved(self.state))
+        step, tree, extra = found or (0, None, {"seconds": 0.0})
+        if tree and extra["data"] != self.recipe.data:
             raise ConfigError(f"{self.workdir.path} was trained on data {extra['data']} and the store now holds "
                               f"{self.recipe.data}: bring the old data back, or pass another --workdir")
         evaluated = min(step, self.config.train.steps - 1)  # the last evaluation comes after the last checkpoint
         gone = self.workdir.keep_metrics(step, evaluated=evaluated)
-        if saved:
-            self.state = State(saved["step"], _with(self.state.model, saved["params"]), saved["opt"])
+        if tree:
+            self.state = resumed(self.state, tree)
             say(f"resumed at step {step}" + (f"; {gone} later rows of metrics.jsonl are made again" if gone else ""))
         return step, extra["seconds"]
 
@@ -137,7 +137,7 @@ class Trainer:
         c = self.config
         extra = {"config": to_dict(c), "seed": c.seed, "batches": self.done, "data": self.recipe.data,
                  "seconds": self.meter.seconds}
-        self.checkpoints.save(self.done, _saved(self.state), extra)
+        self.checkpoints.save(self.done, saved(self.state), extra)
 
     def fit(self) -> str:
         """Train; returns "ok", "stopped" (by a signal) or "diverged" (every update refused); saved."""
@@ -174,16 +174,26 @@ def parameters(model, trainable=nnx.Param) -> dict:
     return nnx.to_pure_dict(nnx.state(model, trainable))
 
 
-def evaluated(state: State):
-    """The model to evaluate, sample and export: with the average of its weights where one is kept, else as it is."""
-    return _with(state.model, optim.ema_params(state.opt)) if state.opt.ema != () else state.model
-
-
-def _with(model, params: dict):
+def with_parameters(model, params: dict):
     """The model with some of its parameters replaced."""
     graph, state = nnx.split(model)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)
+
+
+def saved(state: State) -> dict:
+    """What a checkpoint holds of a state: nested dicts of arrays, and the optimizer's state."""
+    return {"step": state.step, "params": parameters(state.model), "opt": state.opt}
+
+
+def resumed(state: State, tree: dict) -> State:
+    """`state` with the arrays of a checkpoint."""
+    return State(tree["step"], with_parameters(state.model, tree["params"]), tree["opt"])
+
+
+def evaluated(state: State):
+    """The model to evaluate, sample and export: with the average of its weights where one is kept, else as it is."""
+    return with_parameters(state.model, optim.ema_params(state.opt)) if state.opt.ema != () else state.model
 
 
 def _summed(gradient, batch, key, parts: int):
@@ -196,10 +206,6 @@ def _summed(gradient, batch, key, parts: int):
     zeros = jax.tree.map(lambda a: jnp.zeros_like(a), jax.eval_shape(gradient, first, key))
     add = lambda total, xs: (jax.tree.map(jnp.add, total, gradient(*xs)), None)
     return jax.lax.scan(add, zeros, (cut, keys))[0]
-
-
-def _saved(state: State) -> dict:
-    return {"step": state.step, "params": parameters(state.model), "opt": state.opt}
 
 
 @contextlib.contextmanager
