@@ -4,6 +4,7 @@ A chip is what is counted and paid for; a JAX device is a chip, but half of one 
 Rates of links are one way, added up over the links of a chip. Prices change: `plan --prices=mine.json` overrides them.
 """
 
+import os
 import re
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,12 @@ class Device:
     per_chip: int = 1  # JAX devices
     cores: int = 1  # TensorCores of a chip; v2 to v5p are sold by them
     tpu_name: str = ""  # of the topology that the TPU compiler knows
+
+    @property
+    def usable(self) -> float:
+        """Bytes for programs: on a GPU JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if self.platform == "gpu" else 1.0
+        return self.memory * share
 
 
 def _tpu(name, kinds, flops, memory, memory_rate, link, torus, domain, network, dollars, *, host=4, **more):

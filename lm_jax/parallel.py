@@ -79,6 +79,17 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     return sizes | {axis: devices // fixed for axis in free}
 
 
+def meshes(devices: int, *, slices: int, experts: int):
+    """Every way to lay so many devices along the axes: a copy a slice, and none along experts where there are none."""
+    divisors = lambda n: [d for d in range(1, n + 1) if n % d == 0]
+    inside = devices // slices
+    for model in divisors(inside):
+        for sequence in divisors(inside // model):
+            for expert in divisors(math.gcd(inside // model // sequence, experts) if experts else 1):
+                left = inside // model // sequence // expert
+                yield from (MeshConfig(slices, left // fsdp, fsdp, model, sequence, expert) for fsdp in divisors(left))
+
+
 def weight(letters: str, shape: tuple[int, ...]) -> PartitionSpec | None:
     """Layout of a weight with these letters, e.g. "LDF"; None without a mesh."""
     return _spec(WEIGHTS, letters, shape)

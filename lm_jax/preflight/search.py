@@ -1,0 +1,102 @@
+"""The mesh, remat and microbatches with the best predicted step time that fit. The numbers of the run stay as they are."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax import parallel
+from lm_jax.config import Config, ConfigError, MeshConfig
+from lm_jax.models import flops
+from lm_jax.preflight import roofline
+from lm_jax.preflight.forecast import Forecast
+from lm_jax.preflight.topology import Topology
+from lm_jax.recipes.pretrain import row_lengths
+
+REMAT = ("none", "dots", "full")  # from the fastest to the smallest
+ASKED = 40  # most estimates of memory: each traces the step, which takes a second or so
+
+
+def search(config: Config, topology: Topology, *, best: int = 5) -> list[Forecast]:
+    """The fastest that fit, the fastest first. ConfigError if none of those looked at does.
+
+    All are timed, which is quick, and asked for their bytes in that order, which is not. A mesh and a number of
+    microbatches that do not fit under one remat are not tried under one that keeps more.
+    """
+    ordered = sorted(candidates(config, topology), key=lambda f: (f.roofline.seconds, f.config.train.microbatches))
+    found, too_large, asked = [], [], 0
+    for one in ordered:
+        if len(found) == best or asked == ASKED:
+            break
+        if _at_least(one) > one.limit or any(_needs_more(one, other) for other in too_large):
+            continue
+        asked += 1
+        (found if one.fits else too_large).append(one)
+    if found:
+        return found
+    if not ordered:
+        raise ConfigError(f"train.batch={config.train.batch} divides on no mesh of {topology.devices} devices: use a "
+                          "multiple of a power of two")
+    least = min(f.bytes["total"] for f in too_large) if too_large else min(map(_at_least, ordered))
+    raise ConfigError(f"nothing that was tried fits {topology.name}: the least is {least / 2**30:.1f} GiB on a device of "
+                      f"{ordered[0].limit / 2**30:.1f}: take more chips, or a smaller train.batch or data.length")
+
+
+def candidates(config: Config, topology: Topology) -> Iterator[Forecast]:
+    """The config itself, if it can be, and every mesh of the topology's devices that replicates no letter, with every
+    remat and number of microbatches."""
+    with contextlib.suppress(ConfigError):
+        yield Forecast(config, topology)
+    for mesh in parallel.meshes(topology.devices, slices=topology.slices, experts=config.model.moe.experts):
+        for microbatches in _divisors(config.train.batch):
+            try:
+                one = Forecast(_changed(config, mesh, "none", microbatches), topology)
+            except ConfigError:  # the rows do not divide, nor will fewer
+                break
+            if one.replicated:
+                break
+            yield from (Forecast(_changed(config, mesh, remat, microbatches), topology) for remat in REMAT)
+
+
+def _changed(config: Config, mesh: MeshConfig, remat: str, microbatches: int) -> Config:
+    return replace(config, mesh=mesh, model=replace(config.model, remat=remat),
+                   train=replace(config.train, microbatches=microbatches))
+
+
+def flags(forecast: Forecast, config: Config) -> str:
+    """What to add to the command line so that `config` becomes the forecast's."""
+    sizes = {f"mesh.{axis}": n for axis, n in forecast.mesh.shape.items() if n != getattr(MeshConfig(), axis)}
+    new = forecast.config
+    changes = sizes | {"model.remat": new.model.remat, "train.microbatches": new.train.microbatches}
+    old = {"model.remat": config.model.remat, "train.microbatches": config.train.microbatches}
+    return " ".join(f"--config.{key}={value}" for key, value in changes.items() if old.get(key) != value)
+
+
+def _needs_more(one: Forecast, other: Forecast) -> bool:
+    """Whether one keeps at least what the other does, which does not fit: the same mesh, no more remat, no more cuts."""
+    a, b = one.config, other.config
+    return (a.mesh == b.mesh and REMAT.index(a.model.remat) <= REMAT.index(b.model.remat)
+            and a.train.microbatches <= b.train.microbatches)
+
+
+def _at_least(one: Forecast) -> float:
+    """Bytes a device that are certain without a trace: the state, and what remat keeps of each layer's products."""
+    cfg, rows = one.config.model, one.config.train.batch // one.config.train.microbatches
+    T, S = row_lengths(one.config)
+    size, moments = jnp.dtype(cfg.dtype).itemsize, roofline.STATE_BYTES[one.config.optim.name] / 2
+    with jax.sharding.use_abstract_mesh(one.mesh):
+        total = size * cfg.depth * parallel.local_size("BTD", (rows, T, cfg.width))
+        for w in flops.weights(cfg):
+            letters, shape = w.kind.letters, w.shape
+            total += w.size / parallel.devices_along(sum(parallel.weight_axes(letters, shape), ())) * (8 + moments)
+            if cfg.remat != "full" and "blocks" in w.path and w.kind.fan_in and "E" not in letters:
+                out = [(a, n) for a, n in zip(letters, shape) if a not in w.kind.fan_in]
+                met = flops.tokens_met(w, cfg, T, S)
+                total += size * parallel.local_size("".join(a for a, _ in out) + "BT", (*(n for _, n in out), rows, met))
+    return total
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
