@@ -73,18 +73,26 @@ class Fit:
 
     def bread(self) -> np.ndarray:
         """H^-1, H the objective's curvature: psi' is smoothed, as a density is (Powell 1984; width of Silverman)."""
-        J, r, delta = self.problem().jacobian(self.theta), self.residuals, self.delta
-        if math.isinf(delta):
+        J, r = self.spared()
+        if math.isinf(self.delta):
             return np.linalg.pinv(J.T @ J)
         size = min(np.std(r), np.subtract(*np.quantile(r, (0.75, 0.25))) / 1.349) or np.std(r)
         width = 1.06 * size * len(r) ** -0.2 + 1e-12
-        inside = ndtr((delta - r) / width) - ndtr((-delta - r) / width)
+        inside = ndtr((self.delta - r) / width) - ndtr((-self.delta - r) / width)
+        met = np.argsort(np.abs(r))[:len(self.theta)]  # as many points as parameters are met whatever the noise
+        inside[met] = np.delete(inside, met).mean() if len(r) > len(met) else inside[met]
         return np.linalg.pinv(J.T * inside @ J, hermitian=True)
 
     def filling(self) -> np.ndarray:
-        """M, the sum of outer products of the rows' gradients, with n / (n - p)."""
-        J, psi = self.problem().jacobian(self.theta), np.clip(self.residuals, -self.delta, self.delta)
-        return J.T * psi**2 @ J * self.n / max(self.n - len(self.theta), 1)
+        """M, the sum of outer products of the rows' gradients."""
+        J, r = self.spared()
+        return J.T * np.clip(r, -self.delta, self.delta) ** 2 @ J
+
+    def spared(self) -> tuple[np.ndarray, np.ndarray]:
+        """The Jacobian, and residuals as they would be had the fit not seen their row (HC3, MacKinnon & White 1985)."""
+        J = self.problem().jacobian(self.theta)
+        leverage = np.einsum("np,pq,nq->n", J, np.linalg.pinv(J.T @ J), J)
+        return J, self.residuals / np.maximum(1 - leverage, 0.1)
 
 
 def fit(law: Law, x: Mapping, loss, *, delta: float = HUBER, fixed: Mapping | None = None, start: Mapping | None = None,

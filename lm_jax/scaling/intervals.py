@@ -16,6 +16,7 @@ from lm_jax.scaling.fitting import Fit
 
 LEVEL = 0.95
 DRAWS = 1000
+PULL = 30.0  # of the search for a profile towards its target, in units of the quantity's own curvature
 FARTHEST = 16.0  # of log: a quantity that may be e^16 times larger is not bounded
 Quantity = Callable[[Mapping[str, float]], float]
 Interval = tuple[float, float]
@@ -65,52 +66,55 @@ class _Path:
         slope, bread = self.slope(fit.theta), fit.bread()
         variance = slope @ bread @ fit.filling() @ bread @ slope
         self.step = float(np.sqrt(variance))
+        self.along = np.linalg.solve(self.basis, bread @ slope / (slope @ bread @ slope))  # the profile's tangent
         self.scale = 2 * slope @ bread @ slope / variance  # makes a rise chi-square (Ronchetti 1982; Huber's sandwich)
 
     def slope(self, theta):
         return fitting.complex_step(lambda t: self.log(t.T), theta)
 
-    def rise(self, value: float, z: np.ndarray) -> tuple[float, np.ndarray]:
-        """The rise at a value, and where (in the basis), sought from z."""
+    def point(self, target: float, z: np.ndarray) -> tuple[float, float, np.ndarray]:
+        """A point of the profile near a target: how far log quantity is from its estimate, the rise, and its place in
+        the basis, sought from z. What is best but for a pull towards the target is best at the value it has."""
         place = lambda z: self.theta + self.basis @ z
 
-        def objective(z):
-            here, slope = self.problem.gradient(place(z))
-            return self.scale * (here - self.best), self.scale * self.basis.T @ slope
+        def pulled(z):
+            theta = place(z)
+            here, slope = self.problem.gradient(theta)
+            miss = (self.log(theta) - self.centre - target) / self.step
+            cost = self.scale * (here - self.best) + PULL / 2 * miss**2
+            slope = self.basis.T @ (self.scale * slope + PULL * miss / self.step * self.slope(theta))
+            return (cost, slope) if np.isfinite(cost) and np.isfinite(slope).all() else (1e10, np.zeros_like(z))
 
-        held = {"type": "eq", "fun": lambda z: (self.log(place(z)) - value) / self.step,
-                "jac": lambda z: self.basis.T @ self.slope(place(z)) / self.step}
         with np.errstate(all="ignore"):
-            found = minimize(objective, z, jac=True, method="SLSQP", constraints=[held],
-                             options={"maxiter": 50, "ftol": 1e-4})
-        met = found.success or abs(held["fun"](found.x)) < 1e-3
-        return (float(found.fun), found.x) if met and np.isfinite(found.fun) else (math.inf, z)
+            z = minimize(pulled, z, jac=True, method="BFGS", options={"gtol": 0.01, "maxiter": 60}).x
+        theta = place(z)
+        return float(self.log(theta)) - self.centre, self.scale * (self.problem.objective(theta) - self.best), z
 
 
 def _crossing(path: _Path, sign: int, limit: float) -> float:
     """Log of the value on one side where the rise reaches the limit; infinite where it never does."""
-    if not 0 < path.step < 1e3:
+    if not 0 < path.step < FARTHEST:
         return sign * math.inf
-    here, z, root = 0.0, np.zeros(len(path.theta)), 0.0  # distance, place, square root of the rise, which is near linear
-    stride = path.step * math.sqrt(limit)
-    while True:
-        there = here + stride
-        if there > FARTHEST:
-            return sign * math.inf
-        rise, beyond = path.rise(path.centre + sign * there, z)
-        if rise >= limit:
-            break
-        here, z, root = there, beyond, math.sqrt(max(rise, 0.0))
-        stride *= 1.5
-    top = math.sqrt(rise) if math.isfinite(rise) else 2 * math.sqrt(limit)
-    for _ in range(12):
-        share = np.clip((math.sqrt(limit) - root) / max(top - root, 1e-9), 0.1, 0.9)
-        middle = here + share * (there - here)
-        rise, place = path.rise(path.centre + sign * middle, z)
-        if rise >= limit:
-            there, top = middle, math.sqrt(min(rise, 4 * limit))
+    root, goal = (lambda rise: math.sqrt(max(rise, 0.0))), math.sqrt(limit)
+    below, above = (0.0, 0.0), None  # (distance, root of the rise), which are near a line
+    z = np.zeros(len(path.theta))
+    target = stride = path.step * goal
+    for _ in range(40):
+        far, rise, there = path.point(sign * target, z + path.along * sign * (target - below[0]))
+        if abs(root(rise) - goal) < 0.01 * goal:
+            return path.centre + far
+        if root(rise) < goal:
+            below, z = (sign * far, root(rise)), there
         else:
-            here, z, root = middle, place, math.sqrt(max(rise, 0.0))
-        if there - here < 0.02 * path.step or abs(rise - limit) < 0.01 * limit:
-            return path.centre + sign * middle
-    return path.centre + sign * (here + there) / 2
+            above = (sign * far, root(rise))
+        if above is None:
+            stride *= 1.5
+            target += stride
+            if target > FARTHEST:
+                return sign * math.inf
+        elif above[0] - below[0] < 0.01 * path.step:
+            break
+        else:
+            share = np.clip((goal - below[1]) / (above[1] - below[1]), 0.1, 0.9)
+            target = below[0] + share * (above[0] - below[0])
+    return path.centre + sign * (above[0] + below[0]) / 2
