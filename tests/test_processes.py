@@ -1,47 +1,58 @@
-"""Two processes on one machine, joined as the hosts of a pod are: the numbers of one, and one answer to a signal."""
+"""Processes on one machine, joined as the hosts of a pod are: the numbers of one, on any mesh and through restarts."""
 
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import jax
 import pytest
+import tiny
+
+from lm_jax import config, hosts, optim, parallel, trainer
+from lm_jax.config import MeshConfig
+from lm_jax.data import store
+from lm_jax.models.layers import kinds
+from lm_jax.recipes import pretrain
 
 ROOT = pathlib.Path(__file__).parent.parent
-HOST = """
-import sys
-import jax
-rank, count, port = map(int, sys.argv[1:4])
-if count > 1:
-    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=count, process_id=rank, initialization_timeout=60)
-from lm_jax import errors, train
-sys.argv = ["train", *sys.argv[4:]]
-errors.run(train.main)
-"""
-SETTINGS = ("--config=configs/tiny.py", "--config.model.width=32", "--config.model.heads=2", "--config.model.head_size=16",
-            "--config.model.hidden=64", "--config.model.depth=1", "--config.data.tokenizer=byte", "--config.data.length=32",
-            "--config.data.sources=markov:documents=300,length=31", "--config.optim.warmup=2", "--config.optim.name=adamw")
+SETTINGS = ("--config=configs/tiny.py", "--config.model.width=32", "--config.model.heads=2",
+            "--config.model.head_size=16",
+            "--config.model.hidden=64", "--config.model.depth=1", "--config.data.tokenizer=byte",
+            "--config.data.length=32", "--config.data.sources=markov:documents=300,length=31",
+            "--config.optim.warmup=2", "--config.optim.name=adamw")
+BRIEF = ("--config.train.steps=6", "--config.train.eval_every=3", "--config.train.checkpoint_every=2",
+         "--config.train.keep=3")
+MESHES = (MeshConfig(fsdp=1, sequence=4), MeshConfig(data=2, fsdp=1, model=2))
 
 
-def start(folder, name, processes, *more):
+def start(folder, processes, *more):
     """The processes of one run of `train`."""
+    where = (f"--workdir={folder}", f"--config.data.root={folder.parent / 'data'}")
+    return launch(processes, "-m", "lm_jax.train", *SETTINGS, *where, *more)
+
+
+def launch(processes, *argv):
+    """Python processes of a device each, that join by flags."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
-    where = (f"--workdir={folder / name}", f"--config.data.root={folder / 'data'}")
-    return [subprocess.Popen([sys.executable, "-c", HOST, str(rank), str(processes), str(port), *SETTINGS, *where, *more],
-                             cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            for rank in range(processes)]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+                        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    join = [(f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={rank}")
+            for rank in range(processes)] if processes > 1 else [()]
+    return [subprocess.Popen([sys.executable, *argv, *flags], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT) for flags in join]
 
 
 def ended(running):
     """Exit codes and outputs."""
-    outputs = [process.communicate(timeout=120)[0] for process in running]
+    outputs = [process.communicate(timeout=300)[0] for process in running]
     return [process.returncode for process in running], outputs
 
 
@@ -50,21 +61,49 @@ def losses(folder):
             for row in map(json.loads, (folder / "metrics.jsonl").open())}
 
 
-def test_two_processes_train_as_one_does(tmp_path):
-    brief = ("--config.train.steps=6", "--config.train.eval_every=3", "--config.train.checkpoint_every=3")
-    codes, outputs = ended(start(tmp_path, "one", 1, *brief))
-    assert codes == [0], outputs
-    codes, outputs = ended(start(tmp_path, "two", 2, *brief))
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with unbroken runs of one and of two processes, and what these said."""
+    folder = tmp_path_factory.mktemp("runs")
+    codes, alone = ended(start(folder / "one", 1, *BRIEF))
+    assert codes == [0], alone
+    codes, outputs = ended(start(folder / "two", 2, *BRIEF))
     assert codes == [0, 0], outputs
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    return folder, outputs
+
+
+def test_two_processes_train_as_one_does(runs):
+    folder, outputs = runs
+    one, two = losses(folder / "one"), losses(folder / "two")
     assert two == pytest.approx(one, rel=1e-5) and len(one) == 8
-    assert "bits per byte" in outputs[0] and "bits per byte" not in outputs[1], "one process speaks"
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
+    assert "2 processes, 2 devices" in outputs[0] and "bits per byte" in outputs[0]
+    assert not [line for line in outputs[1].splitlines() if "[Gloo]" not in line], "one process speaks"
+    summaries = [json.loads((folder / name / "summary.json").read_text()) for name in ("one", "two")]
     assert summaries[1]["val_bits_per_byte"] == pytest.approx(summaries[0]["val_bits_per_byte"], rel=1e-5)
 
 
+def broken(old, new, *, after: int):
+    """A copy of a run as it was when it was killed after a checkpoint."""
+    shutil.copytree(old, new)
+    for path in (new / "checkpoints").iterdir():
+        if int(path.name) > after:
+            shutil.rmtree(path)
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_the_same_batches(runs):
+    folder, _ = runs
+    broken(folder / "one", folder / "on two", after=2)
+    codes, outputs = ended(start(folder / "on two", 2, *BRIEF, "--config.mesh.fsdp=1", "--config.mesh.model=2"))
+    assert codes == [0, 0] and "resumed at step 2" in outputs[0], outputs
+    broken(folder / "on two", folder / "on one", after=4)
+    codes, outputs = ended(start(folder / "on one", 1, *BRIEF))
+    assert codes == [0] and "resumed at step 4" in outputs[0], outputs
+    for name in ("on two", "on one"):
+        assert losses(folder / name) == pytest.approx(losses(folder / "one"), rel=1e-5)
+
+
 def test_a_signal_to_one_process_stops_both_after_the_same_step_saved(tmp_path):
-    running = start(tmp_path, "run", 2, "--config.train.steps=100000", "--config.train.eval_every=100000")
+    running = start(tmp_path / "run", 2, "--config.train.steps=100000", "--config.train.eval_every=100000")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.time() + 100
     while time.time() < deadline and not (metrics.exists() and '"step": 5,' in metrics.read_text()):
@@ -75,3 +114,45 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_saved(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "stopped"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(summary["steps"])]
+
+
+def test_four_processes_give_the_numbers_of_one_on_any_mesh(tmp_path):
+    """Heads and tokens divided among processes too, which then read the same rows; data in folders of their own."""
+    codes, outputs = ended(launch(4, "-c", "import test_processes; test_processes.host()", *SETTINGS,
+                                  f"--workdir={tmp_path}"))
+    assert codes == [0] * 4, outputs
+    expected = numbers(tmp_path / "0")
+    for rank in range(4):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(found) == len(MESHES)
+        for mesh, (_, values) in found.items():
+            assert values == pytest.approx(expected, rel=1e-5), mesh
+        assert [rows for rows, _ in found.values()] == [8, 4], "of 8, those that the process needs"
+
+
+def host():
+    """One of four processes: trains briefly on each mesh, and writes the numbers that it sees."""
+    _, values = config.parse(sys.argv, doc="", **hosts.FLAGS)
+    hosts.start(values.coordinator, values.processes, values.process)
+    folder, found = pathlib.Path(values.workdir), {}
+    for mesh in MESHES:
+        with jax.set_mesh(parallel.make_mesh(mesh)):
+            rows = len(hosts.rows_here(8))
+            found[str(mesh)] = rows, numbers(folder / values.process)
+    (folder / f"{values.process}.json").write_text(json.dumps(found))
+
+
+def numbers(root) -> list[float]:
+    """What three steps and an evaluation give under the mesh in use, with a store in a folder."""
+    c, _ = config.parse(["", *SETTINGS, f"--config.data.root={root}"], doc="")
+    recipe = pretrain.Pretraining(c, store.prepare(c.data, say=lambda line: None))
+    plan, model = recipe.recipe(), recipe.model()
+    tx, rate = optim.make(c.optim, c.train.steps, kinds(model)), optim.schedule(c.optim, c.train.steps)
+    state, found = trainer.begin(model, tx), []
+    step = jax.jit(trainer.make_step(plan.loss, tx, rate), compiler_options=tiny.QUICK)
+    with plan.batches(0) as batches:
+        for k in range(3):
+            state, metrics = step(state, hosts.put_batch(next(batches), c.train.batch), jax.random.key(k))
+            found += [float(metrics[name]) for name in ("loss", "grad_norm")]
+    values = pretrain.Evaluation(recipe)(state.model, 20)["markov"]
+    return found + [values["val_loss"], values["val_accuracy"], values["val_tokens"]]
