@@ -1,0 +1,207 @@
+"""Where a loss is lowest along one dial, at several sizes of another, and the power law that joins these minima.
+
+IsoFLOP profiles (Hoffmann et al. 2022, approach 2) are this with N along C; envelopes of training curves (approach 1)
+too, cut at budgets; so are the best learning rate along N and the best batch along C. A parabola in the dial's log is
+the usual curve; since it is biased where a valley leans, a cubic and Akima's interpolation stand beside it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.interpolate import Akima1DInterpolator
+from scipy.stats import t as student
+
+from lm_jax.scaling.checks import Refused
+from lm_jax.scaling.table import Table
+
+BUDGET = 0.1  # of log C: runs closer than this have the same budget
+WINDOW = 7  # sizes of an envelope's slice, around its lowest
+DRAWS = 200
+
+
+@dataclass(frozen=True)
+class Valley:
+    """The minimum of one profile: at which budget, at which value of the dial, how low, of how many points."""
+
+    at: float
+    best: float
+    loss: float
+    points: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """best = factor at^exponent. `draws` are (log factor, exponent) of tables with other noise."""
+
+    factor: float
+    exponent: float
+    valleys: tuple[Valley, ...]
+    refused: tuple[str, ...]  # profiles left out, each with its reason
+    method: str
+    freedom: int
+    draws: np.ndarray
+
+    def predict(self, at: float) -> float:
+        return self.factor * at**self.exponent
+
+    def interval(self, quantity: Callable = lambda log_factor, exponent: exponent, *, level=0.95) -> tuple[float, float]:
+        """Of a number made of log factor and exponent: the exponent, or log of a prediction."""
+        centre = quantity(math.log(self.factor), self.exponent)
+        reach = student.ppf((1 + level) / 2, max(self.freedom, 1)) * np.std(quantity(*self.draws.T), ddof=1)
+        return float(centre - reach), float(centre + reach)
+
+
+def isoflop(table: Table, rng: np.random.Generator, *, method: str = "parabola", draws: int = DRAWS) -> Trace:
+    """Best N along C, of a table whose runs share budgets. Refused where fewer than two budgets have a valley."""
+    return trace(_budgets(table["C"]), table["N"], table.loss, rng, method=method, draws=draws)
+
+
+def envelope(table: Table, rng: np.random.Generator, *, method: str = "parabola", budgets: int = 12,
+             draws: int = DRAWS) -> Trace:
+    """Best N along C, of training curves: rows of one `run` are points of a curve, cut at budgets in between.
+
+    The noise of a run is shared by all of its cuts, and is drawn so. Losses before the learning rate's decay are above
+    those of runs that ended there: approach 1 needs curves of runs with one schedule, and inherits that bias.
+    """
+    curves = _curves(table)
+    ends = np.array([[c.min(), c.max()] for _, c, _ in curves])
+    ats, sizes, losses, runs = [], [], [], []
+    for at in np.geomspace(np.sort(ends[:, 0])[2], np.sort(ends[:, 1])[-3], budgets):
+        cut = [(n, float(np.exp(np.interp(math.log(at), np.log(c), np.log(loss)))), run)
+               for run, (n, c, loss) in enumerate(curves) if c[0] <= at <= c[-1]]
+        cut.sort()
+        lowest = int(np.argmin([loss for _, loss, _ in cut])) if cut else 0
+        for n, loss, run in cut[max(0, lowest - WINDOW // 2):lowest + WINDOW // 2 + 1]:
+            ats, sizes, losses, runs = ats + [at], sizes + [n], losses + [loss], runs + [run]
+    return trace(np.array(ats), np.array(sizes), np.array(losses), rng, method=method, noise=np.array(runs),
+                 draws=draws)
+
+
+def dial(table: Table, vary: str, along: str, rng: np.random.Generator, *, method: str = "parabola",
+         draws: int = DRAWS) -> Trace:
+    """Best learning rate or batch (`vary`) along N, D or C, of a table that has it as a column."""
+    if vary not in table:
+        raise Refused(f"{table.source} has no column {vary!r}: there is no law of it")
+    return trace(table[along], table[vary], table.loss, rng, method=method, draws=draws)
+
+
+def trace(at, x, loss, rng: np.random.Generator, *, method: str = "parabola", noise=None, draws: int = DRAWS) -> Trace:
+    """Minima over x at each value of `at`, joined by a power law; `noise` names the rows that share their noise.
+
+    Draws flip the signs of residuals (wild bootstrap, a sign for each name), which are first made as large as they
+    would be had the parabola not seen their point.
+    """
+    profiles = [np.flatnonzero(at == value) for value in np.unique(at)]
+    noise = np.arange(len(x)) if noise is None else noise
+    kept, valleys, refused = [], [], []
+    for rows in profiles:
+        try:
+            best, low = minimum(x[rows], loss[rows], method=method)
+        except Refused as reason:
+            refused.append(f"at {at[rows[0]]:.3g}: {reason}")
+        else:
+            kept.append(rows)
+            valleys.append(Valley(float(at[rows[0]]), best, low, len(rows)))
+    if len(valleys) < 2:
+        raise Refused(f"{len(valleys)} of {len(profiles)} profiles have a minimum inside them, two or more are needed for "
+                      f"a power law: {'; '.join(refused[:3])}")
+    slope = lambda bests: np.polynomial.polynomial.polyfit(np.log([v.at for v in valleys]), np.log(bests), 1)
+    level, exponent = slope([v.best for v in valleys])
+    used = np.concatenate(kept)
+    names, freedom = np.unique(noise[used]), len(used) - 3 * len(kept)
+    freedom = min(freedom, len(names) - 3) if len(names) < len(used) else freedom
+    smooth, residual = np.zeros(len(x)), np.zeros(len(x))
+    for rows in kept:
+        smooth[rows], residual[rows] = _parabola_residuals(x[rows], loss[rows])
+    found = []
+    for _ in range(20 * draws):
+        if len(found) == draws:
+            break
+        signs = dict(zip(names, rng.choice((-1.0, 1.0), len(names))))
+        drawn = smooth + residual * np.array([signs.get(name, 0.0) for name in noise])
+        try:
+            found.append(slope([minimum(x[rows], drawn[rows], method=method)[0] for rows in kept]))
+        except Refused:
+            continue
+    if len(found) < draws:
+        raise Refused(f"minima are lost in the noise: of {20 * draws} tables with other noise {len(found)} had them all")
+    return Trace(math.exp(level), float(exponent), tuple(valleys), tuple(refused), method, freedom, np.array(found))
+
+
+def minimum(x, loss, *, method: str = "parabola") -> tuple[float, float]:
+    """(x, loss) at the bottom of a valley, x on a log scale. Refused where there is none inside the points."""
+    order = np.argsort(x)
+    u, y = np.log(x[order]), loss[order]
+    if len(np.unique(u)) < 4:
+        raise Refused(f"{len(np.unique(u))} different values of the dial, a valley takes 4 or more")
+    a, b = np.polynomial.polynomial.polyfit(u - u.mean(), y, 2)[1:]
+    if b <= 0:
+        raise Refused("the valley is concave: its parabola has a top, not a bottom")
+    centre = u.mean() - a / (2 * b)
+    if not u[0] < centre < u[-1]:
+        raise Refused(f"the optimum, {math.exp(min(centre, 700)):.3g}, is outside of the sampled {x.min():.3g} to {x.max():.3g}")
+    if np.argmin(y) in (0, len(y) - 1):
+        raise Refused(f"the lowest loss is at the edge of the sampled {x.min():.3g} to {x.max():.3g}: sample beyond it")
+    place, low = METHODS[method](u, y)
+    return math.exp(place), float(low)
+
+
+def _parabola(u, y):
+    c, a, b = np.polynomial.polynomial.polyfit(u - u.mean(), y, 2)
+    return u.mean() - a / (2 * b), c - a**2 / (4 * b)
+
+
+def _cubic(u, y):
+    """A cubic's minimum, or Refused where it has none between the points."""
+    if len(np.unique(u)) < 5:
+        raise Refused(f"{len(np.unique(u))} different values of the dial, a cubic takes 5 or more")
+    cubic = np.polynomial.Polynomial.fit(u, y, 3)
+    places = [r.real for r in cubic.deriv().roots() if abs(r.imag) < 1e-12 and cubic.deriv(2)(r.real) > 0]
+    if not places or not u[0] < places[0] < u[-1]:
+        raise Refused("the cubic has no minimum between the points")
+    return places[0], cubic(places[0])
+
+
+def _akima(u, y):
+    """The minimum of Akima's interpolation, of the mean where several points share a value of the dial."""
+    values = np.unique(u)
+    curve = Akima1DInterpolator(values, [y[u == value].mean() for value in values], method="makima")
+    fine = np.linspace(values[0], values[-1], 2001)
+    lowest = int(np.argmin(curve(fine)))
+    return fine[lowest], float(curve(fine[lowest]))
+
+
+METHODS = {"parabola": _parabola, "cubic": _cubic, "akima": _akima}
+
+
+def _parabola_residuals(x, loss):
+    """A parabola's values, and residuals over 1 - leverage."""
+    matrix = np.vander(np.log(x) - np.log(x).mean(), 3)
+    hat = matrix @ np.linalg.pinv(matrix)
+    return hat @ loss, (loss - hat @ loss) / np.maximum(1 - np.diag(hat), 0.1)
+
+
+def _budgets(C) -> np.ndarray:
+    """C of each row's budget: rows in a chain of neighbours closer than BUDGET share their geometric mean."""
+    order = np.argsort(C)
+    groups = np.cumsum(np.diff(np.log(C[order]), prepend=np.log(C[order[0]])) > BUDGET)
+    shared = np.empty(len(C))
+    for group in np.unique(groups):
+        rows = order[groups == group]
+        shared[rows] = np.exp(np.log(C[rows]).mean())
+    return shared
+
+
+def _curves(table: Table) -> list[tuple]:
+    """(N, C along it, loss along it) of runs with 4 rows or more, C rising."""
+    curves = []
+    for run in np.unique(table["run"]) if "run" in table else ():
+        rows = np.flatnonzero(table["run"] == run)
+        rows = rows[np.argsort(table["C"][rows])]
+        if len(rows) >= 4:
+            curves.append((float(table["N"][rows[0]]), table["C"][rows], table.loss[rows]))
+    if len(curves) < 5:
+        raise Refused(f"{len(curves)} training curves: an envelope takes 5 sizes or more, each a run with 4 rows or more")
+    return curves
