@@ -20,13 +20,15 @@ LAYERS = (
     ("losses", "surgery", "optim", "checkpoint", "log", "plots", "hub"),
     ("meter",),
     ("trainer", "inference"),
-    ("recipes", "scaling", "preflight"),
+    ("recipes",),
+    ("preflight",),
+    ("scaling",),
     ("prepare", "train", "plan", "sweep", "fit", "bench", "evaluate", "generate", "convert", "serve"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 LONGEST = {"lm_jax.config": 330}  # lines, where more than 300 are good; half of this one is the table of knobs
 AXES = {"replica", "fsdp"}  # the other axes' names are also words
-SHARDING = {"PartitionSpec", "AxisType", "make_mesh", "with_sharding_constraint"}
+SHARDING = {"PartitionSpec", "AxisType", "Mesh", "with_sharding_constraint"}
 
 
 def name(path: pathlib.Path) -> str:
