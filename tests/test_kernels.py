@@ -19,6 +19,7 @@ RULES = {
     "both ways": dict(causal=False),
     "window": dict(causal=True, window=5),
     "all at once": dict(causal=True, window=7, sliding=True, softcap=2.0, sinks=True),
+    "window both ways": dict(causal=False, window=5),
     "full layer among sliding ones": dict(causal=True, window=5, sliding=False, sinks=True),
 }
 LENGTHS = {"packed": (0.35, 0.2, 0.3), "one document": (1.0,)}  # shares of a row; the rest is padding
@@ -95,24 +96,25 @@ def test_splash_shows_what_the_mask_shows(rule):
     same(graded(splash.splash, *given, **RULES[rule]), graded(kernels.xla, *given, **RULES[rule]))
 
 
-def test_a_window_that_varies_over_layers_goes_through_a_mesh():
-    given, rule = parts(128), RULES["all at once"]
-    same(on_mesh(splash.splash, dict(model=2), *given, **rule), graded(kernels.xla, *given, **rule))
+@pytest.mark.parametrize("mesh, rule", [
+    (dict(model=2), "all at once"), (dict(sequence=2), "causal"), (dict(sequence=2), "both ways"),
+    (dict(sequence=2), "window both ways"),
+    (dict(sequence=4, model=2), "all at once")], ids=str)
+def test_splash_gives_on_a_mesh_what_one_device_gives(mesh, rule):
+    given = parts(256 * mesh.get("sequence", 1))
+    same(on_mesh(splash.splash, mesh, *given, **RULES[rule]), graded(kernels.xla, *given, **RULES[rule]))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
 def test_a_causal_ring_has_the_same_work_everywhere(n):
     """Pairs of halves with anything to see, device by device; a row as it stands gives the last one n times more."""
-    halves = np.arange(2 * n)
-    device = np.minimum(halves, 2 * n - 1 - halves)
-    work = [sum(other <= mine for mine in halves[device == i] for other in halves) for i in range(n)]
-    assert work == [2 * n + 1] * n
+    assert [sum(other <= mine for mine in pair for other in range(2 * n)) for pair in ring.halves(n)] == [2 * n + 1] * n
     with jax.sharding.set_mesh(parallel.make_mesh(MeshConfig(sequence=n, fsdp=1), jax.devices()[:n])):
-        row_BT = parallel.constrain(jnp.asarray(np.repeat(halves, 3)[None], jnp.int32), "BT")
-        dealt = parallel.per_shard(ring._deal, row_BT, letters=("BT",)) if n > 1 else row_BT
-        back = parallel.per_shard(functools.partial(ring._deal, back=True), dealt, letters=("BT",)) if n > 1 else dealt
+        row_BT = parallel.constrain(jnp.asarray(np.arange(2 * n).repeat(3)[None], jnp.int32), "BT")
+        dealt = parallel.per_shard(ring.deal, row_BT, letters=("BT",)) if n > 1 else row_BT
+        back = parallel.per_shard(functools.partial(ring.deal, back=True), dealt, letters=("BT",)) if n > 1 else dealt
         held = np.asarray(dealt).reshape(n, 6)[:, ::3]
-    np.testing.assert_array_equal(device[held], np.arange(n)[:, None].repeat(2, 1))
+    np.testing.assert_array_equal(held, ring.halves(n))
     np.testing.assert_array_equal(back, row_BT)
 
 
@@ -160,7 +162,8 @@ def test_cudnn_is_lowered_for_a_gpu_that_is_not_here(mesh, monkeypatch):
     for call in calls:
         assert "PADDING_CAUSAL" in call and f"max_seg_per_batch\\22: {cudnn.SEGMENTS}," in call
         assert f"tensor<{rows}x128x{heads}x64xbf16>" in call and f"tensor<{rows}x{cudnn.SEGMENTS + 1}xi32>" in call
-    assert sorted(call.split("sliding_window_length\\22: ")[1].split(",")[0] for call in calls) == ["0", "0", "16", "16"]
+    windows = [call.split("sliding_window_length\\22: ")[1].split(",")[0] for call in calls]
+    assert sorted(windows) == ["0", "0", "16", "16"]
 
 
 def test_rows_with_more_documents_than_cudnn_has_room_for(monkeypatch):
@@ -197,7 +200,8 @@ CHOICES = [  # platform, mesh, model, what is chosen for rows of 256 tokens
     ("cpu", dict(sequence=2), {}, "xla"),
     ("tpu", {}, {}, "splash; cache: xla"),
     ("tpu", dict(model=2, fsdp=2), dict(sinks=True, window=8, attention_softcap=3.0), "splash; cache: xla"),
-    ("tpu", dict(sequence=2), {}, "ring; cache: xla"),
+    ("tpu", dict(sequence=1), {}, "splash; cache: xla"),
+    ("tpu", dict(sequence=2), {}, "ring; cache: xla"),  # no multiple of 512
     ("tpu", {}, dict(positions="alibi"), "xla"),
     ("tpu", {}, dict(dropout=0.1), "xla"),
     ("tpu", {}, dict(encoder_depth=1), "splash; cross: xla; cache: xla"),
@@ -223,6 +227,7 @@ def test_lengths_and_prefixes_have_their_say():
     with jax.sharding.use_abstract_mesh(mesh_of("tpu", sequence=4)):
         assert kernels.chosen(tiny.settings(), 256, prefix=True) == "ring; cache: xla"
         assert kernels.chosen(tiny.settings(), 252) == "xla", "no multiple of 8"
+        assert kernels.chosen(tiny.settings(), 2048) == "splash; cache: xla"
 
 
 @pytest.mark.parametrize("platform, changes, prefix, message", [

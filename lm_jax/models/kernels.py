@@ -74,8 +74,9 @@ def _lacks(kernel: "Kernel", cfg, length, use, prefix):
 
 
 def _splash_limits(cfg, length, shards):
-    if length is not None and length % LANES:
-        yield f"rows of {length} tokens, no multiple of {LANES}"
+    least = LANES * (1 if shards == 1 else 2 * shards)
+    if length is not None and length % least:
+        yield f"rows of {length} tokens, no multiple of {least}"
 
 
 def _cudnn_limits(cfg, length, shards):
@@ -112,7 +113,8 @@ EVERYTHING = ("window", "softcap", "sinks", "bias", "dropout", "prefix", "cache"
 KERNELS = {
     "xla": Kernel(xla, ("cpu", "gpu", "tpu"), frozenset(EVERYTHING)),
     "cudnn": Kernel(cudnn, ("gpu",), frozenset(("window",)), _cudnn_limits),
-    "splash": Kernel(splash, ("tpu",), frozenset(("window", "softcap", "sinks")), _splash_limits),
+    "splash": Kernel(splash, ("tpu",), frozenset(("window", "softcap", "sinks", "sequence")),
+                     _splash_limits),
     "ring": Kernel(ring, ("cpu", "gpu", "tpu"), frozenset(("window", "softcap", "sinks", "prefix", "sequence")),
                    _ring_limits),
 }

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lm_jax.batch import Batch
 
-SAVED = "attention"  # what remat='dots' keeps of a kernel: its outputs and the sums of their weights, not to run it twice
+SAVED = "attention"  # what remat='dots' keeps of a kernel, so as not to run it twice: outputs, and sums of weights
 
 
 @jax.tree_util.register_dataclass

@@ -32,13 +32,26 @@ def ring(q_BTNH, k_BTKH, v_BTKH, query: Layout, key: Layout, *, causal, scale, w
         B, T, N, H = q_BTNH.shape
         q_BTKGH = q_BTNH.reshape(B, T, k_BTKH.shape[2], -1, H)
         parts = q_BTKGH, (k_BTKH, v_BTKH), Layout(positions_BT, segments_BT, order_BT)
-        parts = _deal(parts) if causal else parts
+        parts = deal(parts) if causal else parts
         sinks_KG = None if sinks_N is None else sinks_N.reshape(q_BTKGH.shape[2:4])
         y_BTKGH = _ring((causal, scale, softcap), *parts, sinks_KG, window)
-        return (_deal(y_BTKGH, back=True) if causal else y_BTKGH).reshape(B, T, N, H)
+        return (deal(y_BTKGH, back=True) if causal else y_BTKGH).reshape(B, T, N, H)
 
     return parallel.per_shard(local, q_BTNH, k_BTKH, v_BTKH, query.positions_BT, query.segments_BT, query.order_BT,
                               sinks_N, window, letters=letters)
+
+
+def halves(n: int) -> list[list[int]]:
+    """Which halves of parts each of n devices is dealt: the even one, then the odd one."""
+    return [sorted((i, 2 * n - 1 - i), key=lambda half: half % 2) for i in range(n)]
+
+
+def deal(tree, *, back: bool = False):
+    """Halves 2 i and 2 i + 1 from device i to where `halves` says, or back: two permutations, for any n."""
+    n = jax.lax.axis_size(AXIS)
+    routes = [[(pair[odd] // 2, i) for i, pair in enumerate(halves(n))] for odd in (0, 1)]
+    routes = [[pair[::-1] for pair in route] for route in routes] if back else routes
+    return _joined(*(jax.lax.ppermute(half, AXIS, route) for half, route in zip(_halves(tree), routes)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -144,11 +157,3 @@ def _passed(tree):
     """Each device's arrays at the next one."""
     n = jax.lax.axis_size(AXIS)
     return jax.lax.ppermute(tree, AXIS, [(i, (i + 1) % n) for i in range(n)])
-
-
-def _deal(tree, *, back: bool = False):
-    """Half h = 2 i or 2 i + 1 of a row at device min(h, 2 n - 1 - h), or back: two permutations, for any n."""
-    n = jax.lax.axis_size(AXIS)
-    routes = [[(i, min(h, 2 * n - 1 - h)) for i, h in enumerate(range(first, 2 * n, 2))] for first in (0, 1)]
-    routes = [[pair[::-1] for pair in route] for route in routes] if back else routes
-    return _joined(*(jax.lax.ppermute(half, AXIS, route) for half, route in zip(_halves(tree), routes)))
