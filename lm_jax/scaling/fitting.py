@@ -96,7 +96,7 @@ class Fit:
 
 
 def fit(law: Law, x: Mapping, loss, *, delta: float = HUBER, fixed: Mapping | None = None, start: Mapping | None = None,
-        within: Mapping | None = None, grid: bool = True) -> Fit:
+        within: Mapping | None = None, grid: bool = True, tries: int = TRIES) -> Fit:
     """The law that suits losses best. `x` has the columns that the law reads.
 
     Parameters in `fixed` keep their value. `start` adds to the starts of the grid, or with `grid=False` is the only
@@ -112,7 +112,7 @@ def fit(law: Law, x: Mapping, loss, *, delta: float = HUBER, fixed: Mapping | No
         units["U"] = units["D"]
     problem = Problem(law, x, loss, delta, fixed, units)
     starts = [problem.theta(dict(start) | fixed), problem.projected(dict(start) | fixed)] if start else []
-    starts += problem.starts() if grid else []
+    starts += problem.starts(tries) if grid else []
     if not starts:
         raise ConfigError(f"{law.name} has nowhere to start from: give a start, or allow the grid")
     found = sorted((problem.polish(theta) for theta in starts), key=lambda pair: pair[0])
@@ -129,7 +129,7 @@ def refit(before: Fit, rows, loss=None) -> Fit:
     loss = (before.loss if loss is None else loss)[rows]
     x = {name: column[rows] for name, column in before.x.items()}
     problem = Problem(before.law, x, loss, before.delta, before.fixed, before.units)
-    objective, theta = problem.polish(before.theta, gain=1e-7)
+    objective, theta = problem.polish(before.theta, gain=1e-6)
     return dataclasses.replace(before, params=problem.params(theta), objective=objective, theta=theta, x=x, loss=loss,
                                minima=())
 
@@ -192,7 +192,7 @@ class Problem:
             logs[name] = math.log(self.fixed[name]) - p[exponent] * math.log(self.units[column])
         return np.array([logs[name] for name in self.free])
 
-    def starts(self) -> list[np.ndarray]:
+    def starts(self, tries: int) -> list[np.ndarray]:
         """The best of the law's grid, amplitudes solved for, that are not next to a better one."""
         axes = {name: [self.fixed[name]] if name in self.fixed else values for name, values in self.law.grid.items()}
         guesses = [self.projected(dict(zip(axes, values)) | self.fixed) for values in itertools.product(*axes.values())]
@@ -202,7 +202,7 @@ class Problem:
         for value, theta in tried:
             if np.isfinite(value) and all(np.abs(theta - other).max() > 0.4 for other in chosen):
                 chosen.append(theta)
-        return chosen[:TRIES]
+        return chosen[:tries]
 
     def polish(self, theta: np.ndarray, *, gain: float = 1e-12, rounds: int = 30) -> tuple[float, np.ndarray]:
         """Descend until a whole descent gains less than this share of the objective."""

@@ -15,7 +15,7 @@ from lm_jax.scaling import fitting
 from lm_jax.scaling.fitting import Fit
 
 LEVEL = 0.95
-DRAWS = 1000
+DRAWS = 200
 PULL = 30.0  # of the search for a profile towards its target, in units of the quantity's own curvature
 FARTHEST = 16.0  # of log: a quantity that may be e^16 times larger is not bounded
 Quantity = Callable[[Mapping[str, float]], float]
@@ -55,6 +55,12 @@ def percentiles(values, *, level: float = LEVEL) -> Interval:
     return float(low), float(high)
 
 
+def spread(value: float, values) -> float:
+    """Standard error of a positive number from its draws: that of their logs, times the number. Amplitudes are skewed
+    so far that the plain standard deviation is that of a few draws in the tail."""
+    return float(value * np.std(np.log(values), ddof=1))
+
+
 class _Path:
     """The objective at its best where log quantity is held at a value, as a rise above the optimum in chi-squares."""
 
@@ -70,7 +76,7 @@ class _Path:
         self.scale = 2 * slope @ bread @ slope / variance  # makes a rise chi-square (Ronchetti 1982; Huber's sandwich)
 
     def slope(self, theta):
-        return fitting.complex_step(lambda t: self.log(t.T), theta)
+        return fitting.complex_step(self.log, theta)
 
     def point(self, target: float, z: np.ndarray) -> tuple[float, float, np.ndarray]:
         """A point of the profile near a target: how far log quantity is from its estimate, the rise, and its place in

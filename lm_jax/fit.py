@@ -1,0 +1,150 @@
+"""Fit scaling laws to runs, say how far they can be believed, and predict a budget.
+
+    python -m lm_jax.fit runs.jsonl --predict 1e24
+
+The table is a runs.jsonl of a sweep or anybody's CSV with params, tokens, loss (flops, unique_tokens, epochs, seed, run,
+lr, batch, tokenizer, excluded). law.json, in the folder --out, names every law with its parameters, intervals and
+warnings. Exit codes: 0 done, 2 the data cannot carry what was asked, 77 the table is damaged.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table as Shown
+
+from lm_jax import devices, disk, errors
+from lm_jax.errors import ConfigError
+from lm_jax.scaling import fitting, intervals, results, table
+from lm_jax.scaling.laws import LAWS
+from lm_jax.workdir import plain
+
+
+def main(argv):
+    args = parse(argv)
+    console = Console(highlight=False, soft_wrap=True)
+    runs = table.read(args.table, where=dict(args.where), ignore=tuple(args.ignore), params=args.params, loss=args.loss)
+    console.print(f"{runs.source}: {len(runs)} rows. {runs.conventions}")
+    for note in runs.notes:
+        console.print(f"  {note}")
+    settings = {args.law: {"fixed": {name: float(value) for name, value in args.fix},
+                           "start": {name: float(value) for name, value in args.start}}}
+    fits, record = results.study(runs, level=args.level, draws=args.draws, delta=ESTIMATORS[args.estimator],
+                                 settings=settings)
+    show(console, record, args.law)
+    record["predict"] = [predictions(fits, runs.finals(), record, budget, args) for budget in args.predict]
+    for prediction in record["predict"]:
+        show_prediction(console, prediction)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    disk.replace(out / "law.json", [json.dumps(plain(record), indent=2), "\n"])
+    console.print(f"\neverything is in {out / 'law.json'}")
+    return 0
+
+
+def parse(argv) -> argparse.Namespace:
+    pair = lambda text: tuple(text.split("=", 1)) if "=" in text else parser.error(f"{text!r} is not NAME=VALUE")
+    parser = argparse.ArgumentParser(prog="python -m lm_jax.fit", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("table", help="runs.jsonl or a CSV")
+    add("--predict", type=float, action="append", default=[], metavar="FLOPS", help="a budget; may be given again")
+    add("--law", default="chinchilla", choices=LAWS, help="the law that predicts, and that --fix and --start mean")
+    add("--out", default=".", help="folder of law.json")
+    add("--level", type=float, default=intervals.LEVEL, help="of the intervals")
+    add("--draws", type=int, default=intervals.DRAWS, help="of each resampling; 0 leaves profiles and the sandwich")
+    add("--estimator", default="huber", choices=ESTIMATORS)
+    add("--params", default="total", help="count of parameters to take from records that have several")
+    add("--loss", default="loss", choices=("loss", "bits_per_byte"))
+    add("--where", type=pair, action="append", default=[], metavar="COLUMN=VALUE", help="keep these rows")
+    add("--ignore", action="append", default=[], metavar="COLUMN", help="pass over a column of a CSV")
+    add("--fix", type=pair, action="append", default=[], metavar="NAME=VALUE", help="hold a parameter")
+    add("--start", type=pair, action="append", default=[], metavar="NAME=VALUE", help="add a start; all parameters")
+    add("--chip", default="v5p", choices=[device.name for device in devices.TABLE], help="for chip-hours")
+    add("--mfu", type=float, default=0.4, help="share of the chip's peak that training reaches, for chip-hours")
+    return parser.parse_args(argv[1:])
+
+
+def predictions(fits, runs, record: dict, budget: float, args) -> dict:
+    """A budget under the law asked for, the losses that the other forms give it, and what a run of it would take."""
+    able = {name: fit for name, fit in fits.items() if results.carries_allocation(fit.law)}
+    if args.law not in able:
+        raise ConfigError(f"--law={args.law} predicts no allocation: " + record["refused"].get(
+            args.law, f"it is not a law of N and D at once; take one of {', '.join(able) or 'none: see the refusals'}"))
+    found = results.predict(able[args.law], runs, budget, level=args.level)
+    found["loss_by_form"] = {name: results.best_loss(fit, runs, budget) for name, fit in able.items()}
+    chip = next(device for device in devices.TABLE if device.name == args.chip)
+    found["chip_hours"] = {"value": budget / (chip.flops * args.mfu) / 3600, "chip": chip.name, "mfu": args.mfu}
+    for dial, along in (("lr", "N"), ("batch", "D")):
+        if law := record["approaches"].get(f"{dial}_along_{along}"):
+            found[dial] = law["factor"] * found[along]["value"] ** law["exponent"]
+    if "batch" in found:
+        found["steps"] = found["D"]["value"] / found["batch"]
+    return found
+
+
+def show(console: Console, record: dict, law: str):
+    """Forms beside each other, the one asked for in full, what valleys say, what was refused."""
+    forms = _shown(f"forms, by {record['estimator']}", "form", "params", "objective", "AIC", "R²", "hold-out",
+                   "largest budget")
+    for name, found in sorted(record["laws"].items(), key=lambda pair: pair[1]["aic"]):
+        top = found["largest_budget"]
+        forms.add_row(name, str(len(found["coordinates"])), f"{found['objective']:.8g}", f"{found['aic']:.1f}",
+                      f"{found['r2']:.4f}", _percent(found["holdout_error"]), _percent(top and top["error"]))
+    console.print(forms)
+    if found := record["laws"].get(law):
+        console.print(f"{law}: {found['formula']}   ({found['conventions']})")
+        for name, value in (found["params"] | found["derived"]).items():
+            if name in found["fixed"]:
+                console.print(f"  {name:20} {value:<12.6g} held")
+            else:
+                low, high = found["interval"][name]
+                console.print(f"  {name:20} {value:<12.6g} ± {found['stderr'][name]:<10.3g} "
+                              f"{100 * record['level']:g} % {_end(low)} to {_end(high)}")
+        for line in found["warnings"]:
+            console.print(f"  warning: {line}")
+    for name, found in record["approaches"].items():
+        low, high = found["interval"]
+        console.print(f"{name}: exponent {found['exponent']:.4f}, {_end(low)} to {_end(high)}, "
+                      f"of {len(found['valleys'])} valleys, {len(found['warnings'])} refused")
+    for name, reason in record["refused"].items():
+        console.print(f"refused: {name}: {reason}")
+
+
+def show_prediction(console: Console, found: dict):
+    between = lambda key: f"{_end(found[key]['interval'][0])} to {_end(found[key]['interval'][1])}"
+    console.print(f"\n{found['compute']:.3g} FLOPs, {found['times_largest_run']:.3g} times the largest run, by "
+                  f"{found['law']} ({found['conventions']}), {100 * found['level']:g} % intervals:")
+    for key, text in (("N", "parameters"), ("D", "tokens"), ("tokens_per_param", "tokens a parameter"), ("loss", "loss")):
+        console.print(f"  {text:20} {found[key]['value']:<12.5g} {between(key)}")
+    for key, text in (("batch", "batch"), ("steps", "steps"), ("lr", "learning rate")):
+        console.print(f"  {text:20} {found[key]:<12.4g}" if key in found else
+                      f"  {text:20} unknown: the table has no law of it (columns lr and batch that vary)")
+    hours = found["chip_hours"]
+    console.print(f"  {'chip-hours':20} {hours['value']:<12.4g} of {hours['chip']} at {hours['mfu']:.0%} of its peak")
+    others = ", ".join(f"{name} {loss:.4f}" for name, loss in found["loss_by_form"].items())
+    console.print(f"  {'loss by other forms':20} {others}")
+
+
+def _shown(title, first, *numbers) -> Shown:
+    shown = Shown(title=title, box=SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
+    shown.add_column(first)
+    for name in numbers:
+        shown.add_column(name, justify="right")
+    return shown
+
+
+def _percent(value) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _end(value: float) -> str:
+    return "nothing" if value == 0 else "anything" if value == float("inf") else f"{value:.4g}"
+
+
+ESTIMATORS = {"huber": fitting.HUBER, "least_squares": float("inf")}
+
+if __name__ == "__main__":
+    errors.run(main)
