@@ -16,7 +16,7 @@ from lm_jax.scaling.fitting import Fit
 
 LEVEL = 0.95
 DRAWS = 200
-PULL = 30.0  # of the search for a profile towards its target, in units of the quantity's own curvature
+PULL = 100.0  # of the search for a profile towards its target, in units of the quantity's own curvature
 FARTHEST = 16.0  # of log: a quantity that may be e^16 times larger is not bounded
 Quantity = Callable[[Mapping[str, float]], float]
 Interval = tuple[float, float]
@@ -82,11 +82,12 @@ class _Path:
         """A point of the profile near a target: how far log quantity is from its estimate, the rise, and its place in
         the basis, sought from z. What is best but for a pull towards the target is best at the value it has."""
         place = lambda z: self.theta + self.basis @ z
+        aim = target * (1 + 2 / PULL)  # so far that a rise of (target / step)^2 pulls back to the target
 
         def pulled(z):
             theta = place(z)
             here, slope = self.problem.gradient(theta)
-            miss = (self.log(theta) - self.centre - target) / self.step
+            miss = (self.log(theta) - self.centre - aim) / self.step
             cost = self.scale * (here - self.best) + PULL / 2 * miss**2
             slope = self.basis.T @ (self.scale * slope + PULL * miss / self.step * self.slope(theta))
             return (cost, slope) if np.isfinite(cost) and np.isfinite(slope).all() else (1e10, np.zeros_like(z))
@@ -105,9 +106,9 @@ def _crossing(path: _Path, sign: int, limit: float) -> float:
     below, above = (0.0, 0.0), None  # (distance, root of the rise), which are near a line
     z = np.zeros(len(path.theta))
     target = stride = path.step * goal
-    for _ in range(40):
+    for _ in range(20):
         far, rise, there = path.point(sign * target, z + path.along * sign * (target - below[0]))
-        if abs(root(rise) - goal) < 0.01 * goal:
+        if abs(root(rise) - goal) < 0.015 * goal:
             return path.centre + far
         if root(rise) < goal:
             below, z = (sign * far, root(rise)), there
@@ -118,9 +119,9 @@ def _crossing(path: _Path, sign: int, limit: float) -> float:
             target += stride
             if target > FARTHEST:
                 return sign * math.inf
-        elif above[0] - below[0] < 0.01 * path.step:
+        elif above[0] - below[0] < 0.015 * path.step:
             break
         else:
             share = np.clip((goal - below[1]) / (above[1] - below[1]), 0.1, 0.9)
             target = below[0] + share * (above[0] - below[0])
-    return path.centre + sign * (above[0] + below[0]) / 2
+    return path.centre + sign * ((above[0] + below[0]) / 2 if above else math.inf)
