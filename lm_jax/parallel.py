@@ -16,9 +16,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 from lm_jax.config import ConfigError, MeshConfig
 
 AXES = ("replica", "data", "fsdp", "expert", "sequence", "model")  # slowest network first
-WEIGHTS = dict(D="fsdp", V="model", F="model", N="model", K="model", E="expert")  # letters not listed: replicated
+# Letters not listed are whole on every device. An axis divides one dimension of an array, the first that asks for it:
+# D takes what fsdp, experts and the sequence leave, so that only `replica` and `data` hold copies of a weight.
+WEIGHTS = dict(D=("fsdp", "expert", "sequence"), V="model", F="model", N="model", K="model", E="expert")
 # Rows are split over the expert axis too: no device does another's work; tables of experts are gathered for their use.
 ACTIVATIONS = dict(B=("replica", "data", "fsdp", "expert"), T="sequence", V="model", F="model", N="model", K="model")
+TOKENS = (*ACTIVATIONS["B"], ACTIVATIONS["T"])  # what a weight is gathered over, where products meet other tokens
 
 
 def use(config: MeshConfig):
@@ -101,12 +104,11 @@ def activation(letters: str, shape: tuple[int, ...]) -> PartitionSpec | None:
 
 
 def gather(w, letters: str):
-    """A weight with the shards over the rows' axes brought together, for a matmul; its gradient is scattered again."""
+    """A weight with the shards over the tokens' axes brought together, for a matmul; its gradient is scattered again."""
     spec = weight(letters, w.shape)
     if spec is None:
         return w
-    rows = ACTIVATIONS["B"]
-    return jax.sharding.reshard(w, PartitionSpec(*(None if axis in rows else axis for axis in spec)))
+    return jax.sharding.reshard(w, PartitionSpec(*(_one(a for a in _names((axis,)) if a not in TOKENS) for axis in spec)))
 
 
 def constrain(x, letters: str):
@@ -134,8 +136,11 @@ def per_rows(f, x_BTD, *per_token, tables):
     tables = [jax.sharding.reshard(w, layout) for w, layout in zip(tables, layouts)]
 
     def local(*args):
-        y_BTD = f(*args)
-        return jax.lax.psum(y_BTD, into) if into else y_BTD
+        if not into:
+            return f(*args)
+        rows, tables = args[:1 + len(per_token)], args[1 + len(per_token):]
+        rows = jax.lax.pcast(rows, into, to="varying")  # so that their gradients are summed here, not for each table
+        return jax.lax.psum(f(*rows, *tables), into)
 
     rows = PartitionSpec(spec[0], spec[1], None)
     return jax.shard_map(local, in_specs=(rows,) * (1 + len(per_token)) + tuple(layouts), out_specs=rows)(
@@ -168,10 +173,12 @@ def axis_size(letter: str) -> int:
     return math.prod(_axis_sizes().get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
-def weight_axes(letters: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The mesh axes that divide a weight: those it is gathered over for its use, and those it stays divided over."""
-    axes = _names(weight(letters, shape) or ())
-    return tuple(a for a in axes if a in ACTIVATIONS["B"]), tuple(a for a in axes if a not in ACTIVATIONS["B"])
+def weight_axes(letters: str, shape: tuple[int, ...], *, of: str = "") -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes that divide a weight, or its dimensions `of` some letters: those it is gathered over for its use,
+    and those it stays divided over."""
+    spec = weight(letters, shape) or ()
+    axes = _names(axis for letter, axis in zip(letters, spec) if letter in (of or letters))
+    return tuple(a for a in axes if a in TOKENS), tuple(a for a in axes if a not in TOKENS)
 
 
 def devices_along(axes: tuple[str, ...]) -> int:
@@ -193,9 +200,17 @@ def rows_divide(batch: int, microbatches: int) -> None:
 
 
 def replicated_letters(letters: str, shape: tuple[int, ...]) -> str:
-    """Letters of a weight that the table shards but whose size does not divide its axis, and so are replicated."""
-    sizes = _axis_sizes()
-    return "".join(a for a, n in zip(letters, shape) if a in WEIGHTS and n % sizes.get(WEIGHTS[a], 1))
+    """Letters of a weight whose size does not divide an axis that nothing else of it is divided over: copies of it."""
+    sizes, taken = _axis_sizes(), _names(weight(letters, shape) or ())
+    left = {axis for axis, size in sizes.items() if size > 1 and axis not in taken}
+    return "".join(a for a in letters if left & set(_names((WEIGHTS.get(a),))))
+
+
+def undivided(letters: str, shape: tuple[int, ...]) -> list[tuple[str, int, str]]:
+    """(letter, size, axis) where a size of a weight does not divide an axis that nothing else of it is divided over."""
+    taken, sizes = _names(weight(letters, shape) or ()), _axis_sizes()
+    return [(a, n, axis) for a, n in zip(letters, shape) for axis in _names((WEIGHTS.get(a),))
+            if sizes.get(axis, 1) > 1 and axis not in taken]
 
 
 def platform() -> str:
@@ -249,17 +264,21 @@ def _spec(table, letters, shape):
         return None
     if len(letters) != len(shape):
         raise ValueError(f"letters {letters!r} for an array of shape {shape}")
-    return PartitionSpec(*(_axis(table.get(a), n, sizes) for a, n in zip(letters, shape)))
+    left, spec = dict(sizes), []
+    for letter, size in zip(letters, shape):
+        taken = []
+        for axis in _names((table.get(letter),)):
+            if left.get(axis, 1) > 1 and size % left[axis] == 0:
+                size //= left.pop(axis)
+                taken.append(axis)
+        spec.append(_one(taken))
+    return PartitionSpec(*spec)
 
 
-def _axis(axis, size, sizes):
-    """The mesh axes for one dimension, or None if they do not divide it."""
-    axes = (axis,) if isinstance(axis, str) else axis or ()
-    axes = tuple(a for a in axes if sizes.get(a, 1) > 1)
-    shards = math.prod(sizes[a] for a in axes)
-    if not axes or size % shards:
-        return None
-    return axes if len(axes) > 1 else axes[0]
+def _one(axes):
+    """Mesh axes as a PartitionSpec has them: None, a name, or several."""
+    axes = tuple(axes)
+    return axes if len(axes) > 1 else axes[0] if axes else None
 
 
 def _names(spec) -> tuple[str, ...]:

@@ -142,6 +142,16 @@ def test_what_does_not_divide_is_replicated_and_said():
     assert parallel.weight("DKH", (32, 2, 8)) is None, "without a mesh all of this is silent"
 
 
+def test_weights_are_copied_over_replica_and_data_alone():
+    """Every other axis divides them: D takes what experts leave, and an axis that D does not divide by is said."""
+    with jax.sharding.set_mesh(parallel.make_mesh(MeshConfig(fsdp=2, sequence=2, expert=2))):
+        assert parallel.weight("DF", (32, 64)) == PartitionSpec(("fsdp", "expert", "sequence"), None)
+        assert parallel.weight("LEDF", (2, 4, 32, 64)) == PartitionSpec(None, "expert", ("fsdp", "sequence"), None)
+        assert parallel.weight("DF", (12, 64)) == PartitionSpec(("fsdp", "expert"), None)
+        assert parallel.replicated_letters("DF", (12, 64)) == "D"
+        assert parallel.replicated_letters("EDF", (4, 32, 64)) == parallel.replicated_letters("DE", (32, 4)) == ""
+
+
 def test_a_mesh_that_cannot_be_is_an_error_that_says_what_could():
     assert parallel.mesh_sizes(MeshConfig(model=2, sequence=2), 8)["fsdp"] == 2
     for wrong in (dict(model=3), dict(fsdp=4), dict(fsdp=-1, data=-1), dict(model=0)):
