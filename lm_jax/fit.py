@@ -32,7 +32,7 @@ def main(argv):
     settings = {args.law: {"fixed": {name: float(value) for name, value in args.fix},
                            "start": {name: float(value) for name, value in args.start}}}
     fits, record = results.study(runs, level=args.level, draws=args.draws, delta=ESTIMATORS[args.estimator],
-                                 settings=settings)
+                                 chosen=args.law, settings=settings)
     show(console, record, args.law)
     record["predict"] = [predictions(fits, runs.finals(), record, budget, args) for budget in args.predict]
     for prediction in record["predict"]:
@@ -54,7 +54,7 @@ def parse(argv) -> argparse.Namespace:
     add("--law", default="chinchilla", choices=LAWS, help="the law that predicts, and that --fix and --start mean")
     add("--out", default=".", help="folder of law.json")
     add("--level", type=float, default=intervals.LEVEL, help="of the intervals")
-    add("--draws", type=int, default=intervals.DRAWS, help="of each resampling; 0 leaves profiles and the sandwich")
+    add("--draws", type=int, default=intervals.DRAWS, help="of each resampling (other laws a tenth); 0 leaves profiles and the sandwich")
     add("--estimator", default="huber", choices=ESTIMATORS)
     add("--params", default="total", help="count of parameters to take from records that have several")
     add("--loss", default="loss", choices=("loss", "bits_per_byte"))

@@ -209,12 +209,12 @@ class Problem:
         with np.errstate(all="ignore"):
             value = self.objective(theta)
             for _ in range(rounds):
-                before, (value, theta) = value, self._descend(theta, value)
+                before, (value, theta) = value, self._descend(theta, value, math.sqrt(gain) / 10)
                 if not before - value > gain * before:
                     break
         return value, theta
 
-    def _descend(self, theta, value):
+    def _descend(self, theta, value, slack):
         basis = self.basis(theta)
 
         def scaled(z):
@@ -223,7 +223,7 @@ class Problem:
                 return 1e10, np.zeros_like(z)
             return here / value, basis.T @ slope / value
 
-        found = minimize(scaled, np.zeros(len(theta)), jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 400})
+        found = minimize(scaled, np.zeros(len(theta)), jac=True, method="BFGS", options={"gtol": slack, "maxiter": 400})
         return (found.fun * value, theta + basis @ found.x) if found.fun < 1 else (value, theta)
 
     def basis(self, theta: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from lm_jax.scaling import fitting
 from lm_jax.scaling.fitting import Fit
 
 LEVEL = 0.95
-DRAWS = 200
+DRAWS = 1000
 PULL = 100.0  # of the search for a profile towards its target, in units of the quantity's own curvature
 FARTHEST = 16.0  # of log: a quantity that may be e^16 times larger is not bounded
 Quantity = Callable[[Mapping[str, float]], float]
@@ -55,10 +55,11 @@ def percentiles(values, *, level: float = LEVEL) -> Interval:
     return float(low), float(high)
 
 
-def spread(value: float, values) -> float:
-    """Standard error of a positive number from its draws: that of their logs, times the number. Amplitudes are skewed
-    so far that the plain standard deviation is that of a few draws in the tail."""
-    return float(value * np.std(np.log(values), ddof=1))
+def spread(values) -> float:
+    """Standard error from draws: the central 95 % of them over twice 1.96. Draws of amplitudes are skewed so far that
+    their plain standard deviation is that of a few in the tail."""
+    low, high = percentiles(values, level=0.95)
+    return (high - low) / (2 * 1.96)
 
 
 class _Path:

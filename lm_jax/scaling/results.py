@@ -14,25 +14,27 @@ from lm_jax.scaling.table import Table
 TWO = ("N", "D")
 
 
-def study(table: Table, *, level: float = intervals.LEVEL, draws: int = 200, delta: float = fitting.HUBER,
+def study(table: Table, *, level: float = intervals.LEVEL, draws: int = intervals.DRAWS,
+          delta: float = fitting.HUBER, chosen: str = "chinchilla",
           settings: Mapping[str, Mapping] | None = None) -> tuple[dict[str, Fit], dict]:
     """Every law that the table carries, as (fits, record); the record of law.json, without predictions.
 
-    `settings` {law: {"fixed": ..., "start": ..., "within": ...}} go to `fitting.fit`. Laws refused are in the record
+    The `chosen` law has `draws` of each resampling, the others a tenth. `settings` {law: {"fixed": ..., "start": ..., "within": ...}} go to `fitting.fit`. Laws refused are in the record
     with their reason. Raises Refused where no law is left.
     """
     checks.comparable(table)
     ends, rng = table.finals(), np.random.default_rng(0)
     fits, laws, refused = {}, {}, {}
     for name, law in LAWS.items():
-        chosen = dict((settings or {}).get(name, {}), delta=delta)
+        asked = dict((settings or {}).get(name, {}), delta=delta)
         try:
-            checks.enough(law, ends, chosen.get("fixed") or ())
-            fits[name] = fitting.fit(law, ends.columns, ends.loss, **chosen)
+            checks.enough(law, ends, asked.get("fixed") or ())
+            fits[name] = fitting.fit(law, ends.columns, ends.loss, **asked)
         except Refused as reason:
             refused[name] = str(reason)
             continue
-        laws[name] = describe(fits[name], ends, rng, level=level, draws=draws, settings=chosen)
+        laws[name] = describe(fits[name], ends, rng, level=level, draws=draws if name == chosen else draws // 10,
+                              settings=asked)
     if not fits:
         raise Refused(f"{table.source} carries no law: " + "; ".join(f"{k}: {v}" for k, v in refused.items()))
     approaches, not_followed = by_valleys(table, rng, level=level)
@@ -57,7 +59,7 @@ def describe(fit: Fit, table: Table, rng: np.random.Generator, *, level: float, 
         found[unit] = {name: intervals.percentiles([q(p) for p in drawn], level=level) for name, q in measured.items()}
     errors = dict(zip(measured, delta_errors(fit, measured)))
     if draws:
-        errors = {name: intervals.spread(q(fit.params), [q(p) for p in samples["rows"]]) for name, q in measured.items()}
+        errors = {name: intervals.spread([q(p) for p in samples["rows"]]) for name, q in measured.items()}
     rolling = compare.rolling(law, table, **settings)
     return {"formula": law.formula, "source": law.source, "conventions": table.conventions, "params": fit.params,
             "fixed": fit.fixed, "stderr": errors, "interval": found["profile"], "intervals": found, "level": level,
