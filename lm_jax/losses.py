@@ -79,7 +79,8 @@ def chunks_of(B: int, T: int, V: int) -> int:
 
 def _scores(model, x_BTD, targets_BT):
     logits_BTV = model.logits(x_BTD)
-    hit_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]  # a gather would bring all of V together
+    ids_V = parallel.constrain(jnp.arange(logits_BTV.shape[-1]), "V")
+    hit_BTV = ids_V == targets_BT[..., None]  # a gather would bring all of V together
     z_BT = jax.nn.logsumexp(logits_BTV, -1)
     target_BT = jnp.where(hit_BTV, logits_BTV, 0).sum(-1)
     right_BT = target_BT >= jax.lax.stop_gradient(logits_BTV.max(-1))

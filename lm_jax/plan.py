@@ -33,8 +33,9 @@ def main(argv):
     best = search.search(c, hardware) if values.search else []
     plan = best[0] if best else forecast.Forecast(c, hardware)
     compiled = aot.compile(plan.config, hardware) if values.compile else None
+    fits = not compiled.refusal if compiled else plan.fits  # the compiler knows best
     if values.json:
-        print(json.dumps(plan.record() | ({"compiled": compiled.total} if compiled else {})))
+        print(json.dumps(plan.record() | {"fits": fits, "compiled": compiled and compiled.total}))
     else:
         console = rich.console.Console()
         show.say(show.page(plan), console)
@@ -42,7 +43,7 @@ def main(argv):
             show.say(show.compiled(plan, compiled), console)
         if best:
             show.say(show.found(best, c), console)
-    return 0 if plan.fits and not (compiled and compiled.refusal) else 2
+    return 0 if fits else 2
 
 
 def priced(hardware, path: str | None):

@@ -92,12 +92,14 @@ class Forecast:
 
     @cached_property
     def replicated(self) -> list[str]:
-        """Letters that do not divide the axis they would lie on: `K (8 key heads) over model 16`."""
-        tokens = {("T", n): parallel.ACTIVATIONS["T"] for n in row_lengths(self.config) if n}
-        letters = {(a, n): parallel.WEIGHTS[a] for w in flops.weights(self.config.model)
-                   for a, n in zip(w.kind.letters, w.shape) if a in parallel.WEIGHTS and w.kind.role != "vector"}
-        return [f"{a} ({n} {NAMES[a]}) over {axis} {self.mesh.shape[axis]}"
-                for (a, n), axis in (letters | tokens).items() if n % self.mesh.shape[axis]]
+        """What does not divide its axis, so that devices along it hold or do the same: `K (8 key heads) over model 16`.
+        """
+        with jax.sharding.use_abstract_mesh(self.mesh):
+            found = {one for w in flops.weights(self.config.model) if w.kind.role != "vector"
+                     for one in parallel.undivided(w.kind.letters, w.shape)}
+            found |= {("T", n, axis) for n in row_lengths(self.config) if n
+                      for axis in (parallel.ACTIVATIONS["T"],) if n % self.mesh.shape[axis]}
+        return [f"{a} ({n} {NAMES[a]}) over {axis} {self.mesh.shape[axis]}" for a, n, axis in sorted(found)]
 
     def record(self) -> dict:
         """All of it, for programs."""
@@ -113,7 +115,7 @@ class Forecast:
             "step_seconds": r.seconds, "bound_by": r.bound_by,
             "seconds_by": {name: getattr(r, name) for name in ("compute", "memory", "links", "network", "waited")},
             "mfu": self.mfu, "tokens_per_second": self.tokens_per_step / r.seconds,
-            "chip_hours": self.chip_hours, "dollars": self.dollars, "compiled": None,
+            "chip_hours": self.chip_hours, "dollars": self.dollars,
         }
 
 

@@ -25,7 +25,8 @@ def search(config: Config, topology: Topology, *, best: int = 5) -> list[Forecas
     All are timed, which is quick, and asked for their bytes in that order, which is not. A mesh and a number of
     microbatches that do not fit under one remat are not tried under one that keeps more.
     """
-    ordered = sorted(candidates(config, topology), key=lambda f: (f.roofline.seconds, f.config.train.microbatches))
+    every = {_key(f): f for f in candidates(config, topology)}  # the config itself is among the others too
+    ordered = sorted(every.values(), key=lambda f: (f.roofline.seconds, f.config.train.microbatches))
     found, too_large, asked = [], [], 0
     for one in ordered:
         if len(found) == best or asked == ASKED:
@@ -66,18 +67,24 @@ def _changed(config: Config, mesh: MeshConfig, remat: str, microbatches: int) ->
 
 
 def flags(forecast: Forecast, config: Config) -> str:
-    """What to add to the command line so that `config` becomes the forecast's."""
-    sizes = {f"mesh.{axis}": n for axis, n in forecast.mesh.shape.items() if n != getattr(MeshConfig(), axis)}
-    new = forecast.config
-    changes = sizes | {"model.remat": new.model.remat, "train.microbatches": new.train.microbatches}
-    old = {"model.remat": config.model.remat, "train.microbatches": config.train.microbatches}
-    return " ".join(f"--config.{key}={value}" for key, value in changes.items() if old.get(key) != value)
+    """What to add to the command line so that `config` becomes the forecast's; an axis of -1 finds its size itself."""
+    new, old = forecast.config, config
+    sizes = {f"mesh.{axis}": (n, getattr(old.mesh, axis)) for axis, n in forecast.mesh.shape.items()}
+    changes = {key: n for key, (n, before) in sizes.items() if before not in (n, -1)}
+    changes |= {"model.remat": new.model.remat} if new.model.remat != old.model.remat else {}
+    more = new.train.microbatches != old.train.microbatches
+    changes |= {"train.microbatches": new.train.microbatches} if more else {}
+    return " ".join(f"--config.{key}={value}" for key, value in changes.items())
+
+
+def _key(f: Forecast) -> tuple:
+    return (*f.mesh.shape.values(), f.config.model.remat, f.config.train.microbatches)
 
 
 def _needs_more(one: Forecast, other: Forecast) -> bool:
     """Whether one keeps at least what the other does, which does not fit: the same mesh, no more remat, no more cuts."""
     a, b = one.config, other.config
-    return (a.mesh == b.mesh and REMAT.index(a.model.remat) <= REMAT.index(b.model.remat)
+    return (one.mesh == other.mesh and REMAT.index(a.model.remat) <= REMAT.index(b.model.remat)
             and a.train.microbatches <= b.train.microbatches)
 
 

@@ -5,10 +5,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lm_jax.config import Config
-from lm_jax.preflight import search
+from lm_jax.preflight import aot, hlo, search, traffic
 from lm_jax.preflight.forecast import Forecast, shares
 
 GIB = 2**30
+MOVED = {"gathered": ("all-gather",), "summed": ("all-reduce", "reduce-scatter"), "passed on": ("collective-permute",)}
 
 
 def page(f: Forecast) -> Group:
@@ -22,8 +23,22 @@ def found(best: list[Forecast], config: Config) -> Group:
     for i, f in enumerate(best, 1):
         table.add_row(str(i), shares(f.mesh), f.config.model.remat, str(f.config.train.microbatches),
                       _gib(f.bytes["total"]), _seconds(f.roofline.seconds), f"{f.mfu:.0%}", f"{f.dollars:,.0f}")
-    lines = [Text(f"{i}: {search.flags(f, config) or '(the config as it is)'}") for i, f in enumerate(best, 1)]
-    return Group(table, *lines)
+    lines = [Text(f"{i}  {search.flags(f, config) or '(the config as it is)'}") for i, f in enumerate(best, 1)]
+    return Group(table, Text("\nflags", style="bold"), *lines)
+
+
+def compiled(f: Forecast, word: aot.Compiled) -> Group:
+    """The compiler's own peak of memory and collectives, beside what was predicted."""
+    if word.refusal:
+        return Group(Text(f"\nthe compiler refuses: {word.refusal}", style="bold red"))
+    table = _table(f"compiled in {word.seconds:.0f} s", "", "compiler", "predicted", "")
+    table.add_row("peak of memory, GiB", _gib(word.total), _gib(f.bytes["total"]), _off(f.bytes["total"], word.total))
+    moved, predicted = hlo.totals(word.text), traffic.totals(traffic.step(f.config, f.mesh))
+    for name, kinds in MOVED.items():
+        there, here = (sum(sums.get(kind, 0) for kind in kinds) for sums in (moved, predicted))
+        if there or here:
+            table.add_row(f"{name}, GB a step", f"{there / 1e9:.2f}", f"{here / 1e9:.2f}", _off(here, there))
+    return Group(table)
 
 
 def verdict(f: Forecast) -> str:
@@ -42,6 +57,10 @@ def _cures(f: Forecast):
     if rows > 1:
         yield f"--config.train.microbatches={c.train.microbatches * next(d for d in range(2, rows + 1) if rows % d == 0)}"
     yield from ("more chips", "--search")
+
+
+def _off(predicted: float, real: float) -> str:
+    return f"{predicted / real - 1:+.1%}" if real else ""
 
 
 def _model(f: Forecast) -> Table:
@@ -87,8 +106,9 @@ def _time(f: Forecast) -> Table:
 
 def _remarks(f: Forecast):
     price = f.topology.device.dollars
-    yield Text(f"the run: {_hours(f.hours)}, {f.chip_hours:,.0f} chip-hours, ${f.dollars:,.0f} at ${price:.2f} a "
-               "chip-hour; without compiling, evaluation, checkpoints and restarts", style="bold")
+    yield Text(f"\n{_hours(f.hours)}, {f.chip_hours:,.0f} chip-hours, ${f.dollars:,.0f} at ${price:.2f} a chip-hour",
+               style="bold")
+    yield Text("(steps alone: no compiling, evaluation, checkpoints or restarts)")
     yield Text(verdict(f), style="bold green" if f.fits else "bold red")
 
 
@@ -98,7 +118,7 @@ def say(group: Group, console: Console):
 
 def _table(title: str, *columns: str, text: int = 1) -> Table:
     """A table whose first `text` columns are words and whose others are numbers, but for a last one without a name."""
-    table = Table(title=title, box=None, padding=(0, 2, 0, 0), title_justify="left", title_style="bold",
+    table = Table(title=f"\n{title}", box=None, padding=(0, 2, 0, 0), title_justify="left", title_style="bold",
                   show_header=any(columns))
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i < text or not name else "right")

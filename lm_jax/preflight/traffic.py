@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lm_jax import losses, parallel
 from lm_jax.config import Config
-from lm_jax.models import flops
+from lm_jax.models import flops, kernels
 from lm_jax.recipes.pretrain import row_lengths
 
 
@@ -86,12 +86,13 @@ def _weight(config: Config, w: flops.Weight, tokens: dict, T: int, S: int):
         yield from _experts(cfg, letters, shape, met, size * whole, gathered, layers)
     else:
         if kind.role == "embedding":  # whose gradient is summed as it is used, then cut
-            yield from _gathers(size * whole, gathered, 1)
+            yield from _gathers(size * whole, letters, shape, gathered, 1)
             yield from _sums(size * whole, met, 1 + (S > 0 and w.path[0] == "embed"))
         if kind.fan_in or _tied(w, cfg):
             parts = _parts(config, w, T)
             shared = 0 if _tied(w, cfg) else 1  # outside loops backward and forward share a gather, and with a lookup
-            yield from _gathers(size * whole, gathered, 2 * layers * parts if stacked or parts > 1 else shared)
+            times = 2 * layers * parts if stacked or parts > 1 else shared
+            yield from _gathers(size * whole, letters, shape, gathered, times)
             rest = tuple(axis for axis in met.over_rows + met.over_length if axis not in gathered)
             yield Move("reduce-scatter", 4 * whole, gathered, layers * parts, "gradients")
             yield Move("all-reduce", 4 * whole // parallel.devices_along(gathered), rest, layers * parts, "gradients")
@@ -110,9 +111,19 @@ def _products(cfg, w: flops.Weight, letters: str, shape: tuple, met: _Tokens, si
     yield Move("all-reduce", local(out), axes(into), layers * (1 + again), "activations")
     yield Move("all-reduce", local(into), axes(out), layers * _own_sum(w), "activations")
     if w.path[-2] in ("key", "value"):
-        whole = local(out) // met.local * met.rows * met.length
-        yield Move("all-gather", whole, met.over_length, layers * (1 + (cfg.remat != "none")), "keys and values")
-        yield Move("reduce-scatter", whole, met.over_length, layers, "keys and values")
+        yield from _keys(cfg, local(out), met, size, layers, ring="cross" not in w.path)
+
+
+def _keys(cfg, part: int, met: _Tokens, size: int, layers: int, *, ring: bool):
+    """Keys, or values, of which a device makes a part: gathered, or handed round a ring with their gradients in float32
+    behind them. (What deals out a ring's or a splash kernel's causal work, once each, is left out.)"""
+    n, axes, again = parallel.devices_along(met.over_length), met.over_length, cfg.remat != "none"
+    if ring and n > 1 and kernels.choose(cfg, met.length) == "ring":
+        yield Move("collective-permute", part, axes, layers * (n - 1) * (2 + again), "keys and values")
+        yield Move("collective-permute", part * 4 // size, axes, layers * n, "keys and values")
+    else:
+        yield Move("all-gather", part * n, axes, layers * (1 + again), "keys and values")
+        yield Move("reduce-scatter", part * n, axes, layers, "keys and values")
 
 
 def _own_sum(w: flops.Weight) -> int:
@@ -123,7 +134,7 @@ def _own_sum(w: flops.Weight) -> int:
 
 def _experts(cfg, letters, shape, met, whole, gathered, layers):
     """A table of experts, gathered for its use and kept until the backward pass unless remat gathers it again."""
-    yield from _gathers(whole, gathered, layers * (1 + (cfg.remat != "none")))
+    yield from _gathers(whole, letters, shape, gathered, layers * (1 + (cfg.remat != "none")))
     yield Move("all-reduce", whole, met.over_rows + met.over_length, layers, "gradients")
     if letters == "EFD":
         size = jnp.dtype(cfg.dtype).itemsize * met.local * cfg.width
@@ -138,12 +149,13 @@ def _vector(w: flops.Weight, letters: str, shape: tuple, met: _Tokens, size: int
     yield Move("all-gather", size, axes, layers, "gradients")
 
 
-def _gathers(whole: int, axes: tuple[str, ...], times: int):
-    """A weight that is divided along several letters is brought together one after the other."""
-    whole //= parallel.devices_along(axes)
-    for axis in reversed(axes):
-        whole *= parallel.devices_along((axis,))
-        yield Move("all-gather", whole, (axis,), times, "weights")
+def _gathers(whole: int, letters: str, shape: tuple, gathered: tuple[str, ...], times: int):
+    """A weight that is divided along several letters is brought together along one after the other."""
+    whole //= parallel.devices_along(gathered)
+    for letter in reversed(letters):
+        axes, _ = parallel.weight_axes(letters, shape, of=letter)
+        whole *= parallel.devices_along(axes)
+        yield Move("all-gather", whole, axes, times, "weights")
 
 
 def _sums(size: int, met: _Tokens, times: int):
