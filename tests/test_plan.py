@@ -36,7 +36,8 @@ def test_a_plan_of_8b_for_programs(capsys):
 
 
 def test_a_plan_for_people_says_what_does_not_fit_and_what_would_help(capsys):
-    assert run("--config=configs/8b.py", "--topology=v5e-64", "--config.mesh.model=16", "--config.model.remat=dots") == 2
+    assert run("--config=configs/8b.py", "--topology=v5e-64", "--config.mesh.model=16",
+               "--config.model.remat=dots") == 2
     page = capsys.readouterr().out
     assert "K (8 key heads) over model 16: replicated" in page and "8.03B, 6.98B without embeddings" in page
     assert "does not fit" in page and "--config.model.remat=full" in page and "--config.train.microbatches=2" in page
@@ -158,7 +159,8 @@ def test_a_search_returns_what_fits_and_is_no_slower_than_the_config():
 def test_the_numbers_of_the_run_are_not_searched():
     c = settings(batch=64)
     for f in search.candidates(c, topology.parse("v5e-8")):
-        model, train = dataclasses.replace(f.config.model, remat="none"), dataclasses.replace(f.config.train, microbatches=1)
+        model = dataclasses.replace(f.config.model, remat="none")
+        train = dataclasses.replace(f.config.train, microbatches=1)
         assert dataclasses.replace(f.config, model=model, train=train, mesh=c.mesh) == c
         assert math.prod(f.mesh.shape.values()) == 8
 

@@ -57,7 +57,7 @@ def test_fsdp_by_hand():
 
 
 def test_tensor_parallel_by_hand():
-    """Each layer sums x_BTD after attention and after the MLP, and dx before each; CPUs sum q, k, v and two up apart."""
+    """Each layer sums x_BTD after attention and after the MLP, and dx before each; a CPU sums q, k, v, up, gate apart."""
     c = settings("decoder", dict(data=2, fsdp=1, model=4))
     x = 4 * (8 // 2) * T * 32
     activations = {kind: traffic.totals(traffic.step(c, mesh), "what")["activations"] // x
@@ -110,7 +110,7 @@ TPU = """HloModule jit_step
 
 %all-reduce-scatter.1 (input: f32[64]) -> f32[8] {
   %input = f32[64]{0} parameter(0)
-  %all-reduce.1 = f32[64]{0:T(128)} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %all-reduce.1 = f32[64]{0:T(128)} all-reduce(%input), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
 }
 
 %part.1 (p: bf16[64,8]) -> bf16[512,8] {

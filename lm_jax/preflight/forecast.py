@@ -1,6 +1,5 @@
 """What a run will need, take and cost on a topology: everything that `plan` says, in numbers."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,7 +38,7 @@ class Forecast:
 
     @cached_property
     def bytes(self) -> dict[str, int]:
-        """Of each device, by part, and their total; the whole step is traced for it, so that every layout is checked."""
+        """Of each device, by part, and their total; the whole step is traced for it, and every layout checked."""
         return memory.estimate(self.config, self.mesh)
 
     @property
@@ -121,4 +120,4 @@ class Forecast:
 
 def shares(mesh) -> str:
     """The axes of a mesh that are longer than 1, as people write them: `fsdp 16 x model 4`."""
-    return " × ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or f"{math.prod(mesh.shape.values())} device"
+    return " × ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "one device"

@@ -1,4 +1,4 @@
-"""The mesh, remat and microbatches with the best predicted step time that fit. The numbers of the run stay as they are."""
+"""The mesh, remat and microbatches with the best predicted step time that fit; the numbers of the run stay."""
 
 import contextlib
 from collections.abc import Iterator
@@ -41,8 +41,8 @@ def search(config: Config, topology: Topology, *, best: int = 5) -> list[Forecas
         raise ConfigError(f"train.batch={config.train.batch} divides on no mesh of {topology.devices} devices: use a "
                           "multiple of a power of two")
     least = min(f.bytes["total"] for f in too_large) if too_large else min(map(_at_least, ordered))
-    raise ConfigError(f"nothing that was tried fits {topology.name}: the least is {least / 2**30:.1f} GiB on a device of "
-                      f"{ordered[0].limit / 2**30:.1f}: take more chips, or a smaller train.batch or data.length")
+    raise ConfigError(f"nothing that was tried fits {topology.name}: the least is {least / 2**30:.1f} GiB on a device "
+                      f"of {ordered[0].limit / 2**30:.1f}: take more chips, or a smaller train.batch or data.length")
 
 
 def candidates(config: Config, topology: Topology) -> Iterator[Forecast]:
@@ -82,7 +82,7 @@ def _key(f: Forecast) -> tuple:
 
 
 def _needs_more(one: Forecast, other: Forecast) -> bool:
-    """Whether one keeps at least what the other does, which does not fit: the same mesh, no more remat, no more cuts."""
+    """Whether one keeps at least what the other does: on the same mesh, with no more remat and no more cuts."""
     a, b = one.config, other.config
     return (one.mesh == other.mesh and REMAT.index(a.model.remat) <= REMAT.index(b.model.remat)
             and a.train.microbatches <= b.train.microbatches)
@@ -101,7 +101,8 @@ def _at_least(one: Forecast) -> float:
             if cfg.remat != "full" and "blocks" in w.path and w.kind.fan_in and "E" not in letters:
                 out = [(a, n) for a, n in zip(letters, shape) if a not in w.kind.fan_in]
                 met = flops.tokens_met(w, cfg, T, S)
-                total += size * parallel.local_size("".join(a for a, _ in out) + "BT", (*(n for _, n in out), rows, met))
+                ends, sizes = "".join(a for a, _ in out), [n for _, n in out]
+                total += size * parallel.local_size(ends + "BT", (*sizes, rows, met))
     return total
 
 

@@ -55,7 +55,8 @@ def _cures(f: Forecast):
     yield from (f"--config.model.remat={remat}" for remat in after[:1])
     rows = f.mesh_rows
     if rows > 1:
-        yield f"--config.train.microbatches={c.train.microbatches * next(d for d in range(2, rows + 1) if rows % d == 0)}"
+        more = next(d for d in range(2, rows + 1) if rows % d == 0)
+        yield f"--config.train.microbatches={c.train.microbatches * more}"
     yield from ("more chips", "--search")
 
 
