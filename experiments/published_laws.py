@@ -2,16 +2,15 @@
 
     python experiments/published_laws.py --chinchilla=chinchilla_points.csv --muennighoff=muennighoff_points.csv
 
-The points: 245 runs of Hoffmann et al. (2022) as recovered by Besiroglu et al. (2024, arXiv:2404.10102; public
-repository epoch-research/analyzing-chinchilla), columns params, tokens, flops, loss, excluded; and 296 runs of Muennighoff
-et al. (2023; public repository huggingface/datablations, Apache-2.0), columns run, params, tokens, unique_tokens, epochs,
-loss, in_182_fit. Writes law.json of both under --out.
+The points: 245 runs of Hoffmann et al. (2022) as recovered by Besiroglu et al. (2024, arXiv:2404.10102; repository
+epoch-research/analyzing-chinchilla), columns params, tokens, flops, loss, excluded; and 296 runs of Muennighoff et al.
+(2023; repository huggingface/datablations, Apache-2.0), columns run, params, tokens, unique_tokens, epochs, loss,
+in_182_fit. Writes law.json of both under --out.
 """
 
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,22 +58,23 @@ def chinchilla(runs: table.Table, draws: int) -> dict:
     alone = fitting.fit(law, runs.columns, runs.loss, start=HOFFMANN, grid=False)
     squares = fitting.fit(law, runs.columns, runs.loss, delta=math.inf)
     found = results.describe(best, runs, np.random.default_rng(0), level=0.95, draws=draws, settings={})
-    print(f"chinchilla, {len(runs)} points ({runs.conventions}): objective {best.objective:.11f}, from Hoffmann et al.'s "
-          f"values alone {alone.objective:.11f}")
+    print(f"chinchilla, {len(runs)} points ({runs.conventions}): objective {best.objective:.11f}, from "
+          f"Hoffmann et al.'s values alone {alone.objective:.11f}")
     for name, (value, error) in BESIROGLU.items():
         low, high = found["interval"][name]
         print(f"  {name:6} {best.params[name]:9.4f} ± {found['stderr'][name]:8.4f}   95 % {low:.4g} to {high:.4g}   "
               f"(published {value} ± {error}; least squares {squares.params[name]:.4g})")
     for unit, ends in found["intervals"].items():
         low, high = ends["allocation_exponent"]
-        print(f"  allocation exponent {found['derived']['allocation_exponent']:.4f}, 95 % by {unit}: {low:.3f} to {high:.3f}")
+        print(f"  allocation exponent {found['derived']['allocation_exponent']:.4f}, 95 % by {unit}: "
+              f"{low:.3f} to {high:.3f}")
     prediction = results.predict(best, runs, BUDGET, level=0.95)
     low, high = prediction["tokens_per_param"]["interval"]
-    print(f"  at {BUDGET:g} FLOPs {prediction['tokens_per_param']['value']:.1f} tokens per parameter, 95 % {low:.1f} to "
-          f"{high:.1f}; N {prediction['N']['value']:.3g}")
+    print(f"  at {BUDGET:g} FLOPs {prediction['tokens_per_param']['value']:.1f} tokens per parameter, 95 % {low:.1f} "
+          f"to {high:.1f}; N {prediction['N']['value']:.3g}")
     held = compare.beyond(law, runs, 1e20)
-    print(f"  fitted on the {held['fitted']} points up to 1e20 FLOPs, the {held['predicted']} above are predicted with a "
-          f"mean absolute error of {held['error']:.2%}")
+    print(f"  fitted on the {held['fitted']} points up to 1e20 FLOPs, the {held['predicted']} above are predicted with "
+          f"a mean absolute error of {held['error']:.2%}")
     return found | {"predict": prediction, "beyond_1e20": held, "from_hoffmann": alone.objective,
                     "least_squares": squares.params}
 
@@ -84,8 +84,8 @@ def muennighoff(runs: table.Table, draws: int) -> dict:
     checks.comparable(runs)
     best = fitting.fit(law, runs.columns, runs.loss, start=HELD | DECAYS, **settings)
     found = results.describe(best, runs, np.random.default_rng(0), level=0.95, draws=draws, settings=settings)
-    print(f"data-constrained, {len(runs)} points ({runs.conventions}): objective {best.objective:.9f}, R² {best.r2:.3f}; "
-          f"without decay R² {without_decay(runs):.3f}")
+    print(f"data-constrained, {len(runs)} points ({runs.conventions}): objective {best.objective:.9f}, R² "
+          f"{best.r2:.3f}; without decay R² {without_decay(runs):.3f}")
     for name, value in DECAYS.items():
         low, high = found["interval"][name]
         print(f"  {name} {best.params[name]:.4f}   95 % {low:.3g} to {high:.3g}   (published {value})")

@@ -2,8 +2,8 @@
 
     python -m lm_jax.fit runs.jsonl --predict 1e24
 
-The table is a runs.jsonl of a sweep or anybody's CSV with params, tokens, loss (flops, unique_tokens, epochs, seed, run,
-lr, batch, tokenizer, excluded). law.json, in the folder --out, names every law with its parameters, intervals and
+The table is a runs.jsonl of a sweep or anybody's CSV with params, tokens, loss (flops, unique_tokens, epochs, seed,
+run, lr, batch, tokenizer, excluded). law.json, in the folder --out, names every law with its parameters, intervals and
 warnings. Exit codes: 0 done, 2 the data cannot carry what was asked, 77 the table is damaged.
 """
 
@@ -54,7 +54,8 @@ def parse(argv) -> argparse.Namespace:
     add("--law", default="chinchilla", choices=LAWS, help="the law that predicts, and that --fix and --start mean")
     add("--out", default=".", help="folder of law.json")
     add("--level", type=float, default=intervals.LEVEL, help="of the intervals")
-    add("--draws", type=int, default=intervals.DRAWS, help="of each resampling (other laws a tenth); 0 leaves profiles and the sandwich")
+    add("--draws", type=int, default=intervals.DRAWS,
+        help="of each resampling (other laws a tenth); 0 leaves profiles and the sandwich")
     add("--estimator", default="huber", choices=ESTIMATORS)
     add("--params", default="total", help="count of parameters to take from records that have several")
     add("--loss", default="loss", choices=("loss", "bits_per_byte"))
@@ -109,15 +110,16 @@ def show(console: Console, record: dict, law: str):
         low, high = found["interval"]
         console.print(f"{name}: exponent {found['exponent']:.4f}, {_end(low)} to {_end(high)}, "
                       f"of {len(found['valleys'])} valleys, {len(found['warnings'])} refused")
-    for name, reason in record["refused"].items():
-        console.print(f"refused: {name}: {reason}")
+    for reason in dict.fromkeys(record["refused"].values()):
+        names = ", ".join(name for name, said in record["refused"].items() if said == reason)
+        console.print(f"refused: {names}: {reason}")
 
 
 def show_prediction(console: Console, found: dict):
     between = lambda key: f"{_end(found[key]['interval'][0])} to {_end(found[key]['interval'][1])}"
     console.print(f"\n{found['compute']:.3g} FLOPs, {found['times_largest_run']:.3g} times the largest run, by "
                   f"{found['law']} ({found['conventions']}), {100 * found['level']:g} % intervals:")
-    for key, text in (("N", "parameters"), ("D", "tokens"), ("tokens_per_param", "tokens a parameter"), ("loss", "loss")):
+    for key, text in {"N": "parameters", "D": "tokens", "tokens_per_param": "tokens a parameter", "loss": "loss"}.items():
         console.print(f"  {text:20} {found[key]['value']:<12.5g} {between(key)}")
     for key, text in (("batch", "batch"), ("steps", "steps"), ("lr", "learning rate")):
         console.print(f"  {text:20} {found[key]:<12.4g}" if key in found else

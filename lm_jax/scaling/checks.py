@@ -20,16 +20,16 @@ def comparable(table: Table):
     """Refuse rows that do not measure the same thing."""
     bad = ~(np.isfinite(table.loss) & (table.loss > 0))
     if bad.any():
-        raise Refused(f"{table.source}: the loss is not a positive number on lines {_lines(table, bad)}: a diverged run "
-                      "says nothing of the law; mark it excluded=1 or status=diverged")
+        raise Refused(f"{table.source}: the loss is not a positive number on lines {_lines(table, bad)}: a diverged "
+                      "run says nothing of the law; mark it excluded=1 or status=diverged")
     for name, cure in (("tokenizer", "fit one tokenizer at a time (--where=tokenizer=...), or --loss=bits_per_byte"),
                        ("params_convention", "count all runs alike"), ("flops_convention", "count all runs alike"),
                        ("code_revision", "select one with --where, or run the older points again"),
                        ("data_digest", "select one with --where")):
         found = sorted(set(table[name])) if name in table else []
         if len(found) > 1 and not (name == "tokenizer" and table.unit == "bits per byte"):
-            raise Refused(f"{table.source}: {len(found)} values of {name} are mixed ({', '.join(map(repr, found[:4]))}): "
-                          f"their losses are not comparable; {cure}")
+            raise Refused(f"{table.source}: {len(found)} values of {name} are mixed "
+                          f"({', '.join(map(repr, found[:4]))}): their losses are not comparable; {cure}")
     _flops_alike(table)
 
 
@@ -48,8 +48,9 @@ def enough(law: Law, table: Table, fixed=()):
         if values < 3 and exponent not in fixed:
             raise Refused(f"{law.name} needs at least 3 values of {column} for its exponent, there are {values}")
     if law.name == "data_constrained" and np.ptp(table["D"] / table["U"]) < 0.5 and "R_D" not in fixed:
-        raise Refused("data_constrained needs runs that repeat their data; here D is never more than U: that is chinchilla")
-    if "D" in law.exponents and "N" in law.exponents and np.abs(np.corrcoef(np.log(table["N"]), np.log(table["D"]))[0, 1]) > 0.999:
+        raise Refused("data_constrained needs runs that repeat their data; here none does, and chinchilla is that law")
+    together = np.corrcoef(np.log(table["N"]), np.log(table["D"]))[0, 1] if len(law.exponents) > 1 else 0.0
+    if abs(together) > 0.999:
         raise Refused(f"{law.name} cannot tell N from D: they rise together in every run (a fixed ratio); fit power_C, "
                       "or add runs at other ratios")
 
@@ -61,10 +62,11 @@ def warnings(fit: Fit, intervals: dict) -> list[str]:
     if "E" in fit.free:
         low, high = intervals.get("E", (fit.params["E"],) * 2)
         if min(low, fit.params["E"]) < NEAR * smallest:
-            said.append(f"E touches 0 ({fit.params['E']:.3g}, interval from {low:.3g}): the data carry no irreducible loss")
+            said.append(f"E touches 0 ({fit.params['E']:.3g}, interval from {low:.3g}): the data carry no irreducible "
+                        "loss")
         if max(fit.params["E"], min(high, 2 * smallest)) > (1 - NEAR / 5) * smallest:
-            said.append(f"E touches the smallest loss ({fit.params['E']:.4g} of {smallest:.4g}, interval to {high:.4g}): "
-                        "the largest runs are taken to be at the floor; go larger")
+            said.append(f"E touches the smallest loss ({fit.params['E']:.4g} of {smallest:.4g}, interval to "
+                        f"{high:.4g}): the largest runs are taken to be at the floor; go larger")
     for name, (low, high) in intervals.items():
         if name in fit.free and (high == math.inf or low <= 1e-6 * fit.params[name] or high > 30 * max(low, 1e-300)) \
                 and not (name in fit.law.amplitudes or name == "E"):

@@ -63,7 +63,7 @@ def _predicted(law, table, fitted, predicted, settings):
     try:
         below = table.take(fitted)
         checks.enough(law, below, settings.get("fixed") or ())
-        fit = fitting.fit(law, below.columns, below.loss, tries=4, **settings)
+        fit = fitting.fit(law, below.columns, below.loss, tries=2, **settings)
     except ConfigError:
         return None
     there = table.take(predicted)

@@ -19,7 +19,7 @@ from lm_jax.errors import ConfigError
 from lm_jax.scaling.laws import Law
 
 HUBER = 1e-3  # of log loss: beyond a tenth of a percent a residual counts by its size, not its square
-TRIES = 12  # starts of the grid that are polished
+TRIES = 8  # starts of the grid that are polished
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def fit(law: Law, x: Mapping, loss, *, delta: float = HUBER, fixed: Mapping | No
     """The law that suits losses best. `x` has the columns that the law reads.
 
     Parameters in `fixed` keep their value. `start` adds to the starts of the grid, or with `grid=False` is the only
-    one: as it is, and with its amplitudes solved for. Of several optima the lowest is taken, or the lowest `within` {name: (low, high)}; `Fit.minima` has all.
+    one: as it is, and with its amplitudes solved for. Of the grid the `tries` best are polished. Of several optima the
+    lowest is taken, or the lowest `within` {name: (low, high)}; `Fit.minima` has all.
     """
     fixed = dict(fixed or {})
     for name in {*fixed, *(start or {}), *(within or {})} - set(law.params):
@@ -208,9 +209,9 @@ class Problem:
         """Descend until a whole descent gains less than this share of the objective."""
         with np.errstate(all="ignore"):
             value = self.objective(theta)
-            for _ in range(rounds):
+            for _ in range(rounds if value > 0 else 0):
                 before, (value, theta) = value, self._descend(theta, value, math.sqrt(gain) / 10)
-                if not before - value > gain * before:
+                if not before - value > gain * before or value < 1e-24 * len(self.loss):
                     break
         return value, theta
 

@@ -19,8 +19,9 @@ def study(table: Table, *, level: float = intervals.LEVEL, draws: int = interval
           settings: Mapping[str, Mapping] | None = None) -> tuple[dict[str, Fit], dict]:
     """Every law that the table carries, as (fits, record); the record of law.json, without predictions.
 
-    The `chosen` law has `draws` of each resampling, the others a tenth. `settings` {law: {"fixed": ..., "start": ..., "within": ...}} go to `fitting.fit`. Laws refused are in the record
-    with their reason. Raises Refused where no law is left.
+    The `chosen` law has `draws` of each resampling, the others a tenth. `settings` {law: {"fixed": ..., "start": ...,
+    "within": ...}} go to `fitting.fit`. Laws refused are in the record with their reason. Raises Refused where no law
+    is left.
     """
     checks.comparable(table)
     ends, rng = table.finals(), np.random.default_rng(0)
@@ -33,8 +34,9 @@ def study(table: Table, *, level: float = intervals.LEVEL, draws: int = interval
         except Refused as reason:
             refused[name] = str(reason)
             continue
-        laws[name] = describe(fits[name], ends, rng, level=level, draws=draws if name == chosen else draws // 10,
-                              settings=asked)
+        with np.errstate(all="ignore"):  # a form that does not suit runs off to infinity, which its intervals say
+            laws[name] = describe(fits[name], ends, rng, level=level, draws=draws if name == chosen else draws // 10,
+                                  settings=asked)
     if not fits:
         raise Refused(f"{table.source} carries no law: " + "; ".join(f"{k}: {v}" for k, v in refused.items()))
     approaches, not_followed = by_valleys(table, rng, level=level)
@@ -80,7 +82,7 @@ def delta_errors(fit: Fit, measured: Mapping) -> list[float]:
 
 
 def by_valleys(table: Table, rng: np.random.Generator, *, level: float) -> tuple[dict, dict]:
-    """Approaches 1 and 2 by each curve, and what is refused of them; learning rate and batch where the table has them."""
+    """Approaches 1 and 2 by each curve, laws of learning rate and batch, and what is refused of them."""
     jobs = {f"approach_1_{method}": (lambda method=method: valleys.envelope(table, rng, method=method))
             for method in valleys.METHODS}
     jobs |= {f"approach_2_{method}": (lambda method=method: valleys.isoflop(table.finals(), rng, method=method))

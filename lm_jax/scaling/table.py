@@ -1,7 +1,7 @@
 """Runs as a table, from anybody's CSV or from runs.jsonl: N, D, C, loss, and how N and C were counted.
 
 A CSV names its columns; those that mean something here are KNOWN, under any of their names. A record of runs.jsonl may
-hold more than is read. Whatever is wrong is said with its line, and nothing is left out in silence: `Table.notes` tells.
+hold more than is read. Whatever is wrong is said with its line; nothing is left out in silence: `Table.notes` tells.
 """
 
 import csv
@@ -88,7 +88,7 @@ def read(path, *, where: Mapping[str, str] | None = None, ignore: tuple[str, ...
     ConfigError for columns that are missing or unknown.
     """
     path = Path(path)
-    where = dict(where or {})
+    where = {NAMES.get(name, name): value for name, value in (where or {}).items()}
     if not path.is_file():
         raise ConfigError(f"no table at {path}: pass a CSV with the columns params, tokens, loss, or a runs.jsonl")
     rows = list(_records(path, params) if path.suffix in (".jsonl", ".json") else _csv(path, where, ignore))

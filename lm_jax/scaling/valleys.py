@@ -14,6 +14,7 @@ from scipy.interpolate import Akima1DInterpolator
 from scipy.stats import t as student
 
 from lm_jax.scaling.checks import Refused
+from lm_jax.scaling.intervals import LEVEL, Interval
 from lm_jax.scaling.table import Table
 
 BUDGET = 0.1  # of log C: runs closer than this have the same budget
@@ -46,7 +47,7 @@ class Trace:
     def predict(self, at: float) -> float:
         return self.factor * at**self.exponent
 
-    def interval(self, quantity: Callable = lambda log_factor, exponent: exponent, *, level=0.95) -> tuple[float, float]:
+    def interval(self, quantity: Callable = lambda log_factor, exponent: exponent, *, level=LEVEL) -> Interval:
         """Of a number made of log factor and exponent: the exponent, or log of a prediction."""
         centre = quantity(math.log(self.factor), self.exponent)
         reach = student.ppf((1 + level) / 2, max(self.freedom, 1)) * np.std(quantity(*self.draws.T), ddof=1)
@@ -90,8 +91,8 @@ def dial(table: Table, vary: str, along: str, rng: np.random.Generator, *, metho
 def trace(at, x, loss, rng: np.random.Generator, *, method: str = "parabola", noise=None, draws: int = DRAWS) -> Trace:
     """Minima over x at each value of `at`, joined by a power law; `noise` names the rows that share their noise.
 
-    Draws flip the signs of residuals (wild bootstrap, a sign for each name), which are first made as large as they
-    would be had the parabola not seen their point.
+    Draws flip the signs of residuals (wild bootstrap, a sign for each name), which are first made as large as the
+    noise, of which a parabola takes a part, and the more where neighbouring profiles share it (HC2, HC3).
     """
     profiles = [np.flatnonzero(at == value) for value in np.unique(at)]
     noise = np.arange(len(x)) if noise is None else noise
@@ -105,16 +106,17 @@ def trace(at, x, loss, rng: np.random.Generator, *, method: str = "parabola", no
             kept.append(rows)
             valleys.append(Valley(float(at[rows[0]]), best, low, len(rows)))
     if len(valleys) < 2:
-        raise Refused(f"{len(valleys)} of {len(profiles)} profiles have a minimum inside them, two or more are needed for "
-                      f"a power law: {'; '.join(refused[:3])}")
+        raise Refused(f"{len(valleys)} of {len(profiles)} profiles have a minimum inside them, two or more are needed "
+                      f"for a power law: {'; '.join(refused[:3])}")
     slope = lambda bests: np.polynomial.polynomial.polyfit(np.log([v.at for v in valleys]), np.log(bests), 1)
     level, exponent = slope([v.best for v in valleys])
     used = np.concatenate(kept)
     names, freedom = np.unique(noise[used]), len(used) - 3 * len(kept)
-    freedom = min(freedom, len(names) - 3) if len(names) < len(used) else freedom
+    shared = len(names) < len(used)
+    freedom = min(freedom, len(names) - 3) if shared else freedom
     smooth, residual = np.zeros(len(x)), np.zeros(len(x))
     for rows in kept:
-        smooth[rows], residual[rows] = _parabola_residuals(x[rows], loss[rows])
+        smooth[rows], residual[rows] = _parabola_residuals(x[rows], loss[rows], power=1.0 if shared else 0.5)
     found = []
     for _ in range(20 * draws):
         if len(found) == draws:
@@ -126,7 +128,7 @@ def trace(at, x, loss, rng: np.random.Generator, *, method: str = "parabola", no
         except Refused:
             continue
     if len(found) < draws:
-        raise Refused(f"minima are lost in the noise: of {20 * draws} tables with other noise {len(found)} had them all")
+        raise Refused(f"minima are lost in the noise: {len(found)} of {20 * draws} tables with other noise had them all")
     return Trace(math.exp(level), float(exponent), tuple(valleys), tuple(refused), method, freedom, np.array(found))
 
 
@@ -141,7 +143,8 @@ def minimum(x, loss, *, method: str = "parabola") -> tuple[float, float]:
         raise Refused("the valley is concave: its parabola has a top, not a bottom")
     centre = u.mean() - a / (2 * b)
     if not u[0] < centre < u[-1]:
-        raise Refused(f"the optimum, {math.exp(min(centre, 700)):.3g}, is outside of the sampled {x.min():.3g} to {x.max():.3g}")
+        raise Refused(f"the optimum, {math.exp(min(centre, 700)):.3g}, is outside of the sampled {x.min():.3g} to "
+                      f"{x.max():.3g}")
     if np.argmin(y) in (0, len(y) - 1):
         raise Refused(f"the lowest loss is at the edge of the sampled {x.min():.3g} to {x.max():.3g}: sample beyond it")
     place, low = METHODS[method](u, y)
@@ -157,11 +160,13 @@ def _cubic(u, y):
     """A cubic's minimum, or Refused where it has none between the points."""
     if len(np.unique(u)) < 5:
         raise Refused(f"{len(np.unique(u))} different values of the dial, a cubic takes 5 or more")
-    cubic = np.polynomial.Polynomial.fit(u, y, 3)
-    places = [r.real for r in cubic.deriv().roots() if abs(r.imag) < 1e-12 and cubic.deriv(2)(r.real) > 0]
-    if not places or not u[0] < places[0] < u[-1]:
+    centre = u.mean()
+    d, c, b, a = np.polynomial.polynomial.polyfit(u - centre, y, 3)
+    root = b**2 - 3 * a * c
+    low = -c / (b + math.sqrt(root)) if root > 0 and b + math.sqrt(root) != 0 else math.inf  # of a = 0 too
+    if not u[0] < centre + low < u[-1]:
         raise Refused("the cubic has no minimum between the points")
-    return places[0], cubic(places[0])
+    return centre + low, d + low * (c + low * (b + low * a))
 
 
 def _akima(u, y):
@@ -176,11 +181,11 @@ def _akima(u, y):
 METHODS = {"parabola": _parabola, "cubic": _cubic, "akima": _akima}
 
 
-def _parabola_residuals(x, loss):
-    """A parabola's values, and residuals over 1 - leverage."""
+def _parabola_residuals(x, loss, *, power: float):
+    """A parabola's values, and residuals over (1 - leverage)^power."""
     matrix = np.vander(np.log(x) - np.log(x).mean(), 3)
     hat = matrix @ np.linalg.pinv(matrix)
-    return hat @ loss, (loss - hat @ loss) / np.maximum(1 - np.diag(hat), 0.1)
+    return hat @ loss, (loss - hat @ loss) / np.maximum(1 - np.diag(hat), 0.1) ** power
 
 
 def _budgets(C) -> np.ndarray:
@@ -203,5 +208,5 @@ def _curves(table: Table) -> list[tuple]:
         if len(rows) >= 4:
             curves.append((float(table["N"][rows[0]]), table["C"][rows], table.loss[rows]))
     if len(curves) < 5:
-        raise Refused(f"{len(curves)} training curves: an envelope takes 5 sizes or more, each a run with 4 rows or more")
+        raise Refused(f"{len(curves)} training curves: an envelope takes 5 sizes or more, each a run of 4 rows or more")
     return curves
