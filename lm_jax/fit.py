@@ -119,7 +119,7 @@ def show_prediction(console: Console, found: dict):
     between = lambda key: f"{_end(found[key]['interval'][0])} to {_end(found[key]['interval'][1])}"
     console.print(f"\n{found['compute']:.3g} FLOPs, {found['times_largest_run']:.3g} times the largest run, by "
                   f"{found['law']} ({found['conventions']}), {100 * found['level']:g} % intervals:")
-    for key, text in {"N": "parameters", "D": "tokens", "tokens_per_param": "tokens a parameter", "loss": "loss"}.items():
+    for key, text in PREDICTED.items():
         console.print(f"  {text:20} {found[key]['value']:<12.5g} {between(key)}")
     for key, text in (("batch", "batch"), ("steps", "steps"), ("lr", "learning rate")):
         console.print(f"  {text:20} {found[key]:<12.4g}" if key in found else
@@ -146,6 +146,7 @@ def _end(value: float) -> str:
     return "nothing" if value == 0 else "anything" if value == float("inf") else f"{value:.4g}"
 
 
+PREDICTED = {"N": "parameters", "D": "tokens", "tokens_per_param": "tokens a parameter", "loss": "loss"}
 ESTIMATORS = {"huber": fitting.HUBER, "least_squares": float("inf")}
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def test_a_held_parameter_keeps_its_value(rng):
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    """24 tables, five parameters and the allocation, nominal 90 %. Of 200 tables with the Huber loss 91 to 94 % held it."""
+    """24 tables, five parameters and the allocation, nominal 90 % (of 200 with the Huber loss, 91 to 94 %)."""
     law, x, rng = LAWS["chinchilla"], grid(), np.random.default_rng(5)
     quantities = {name: (lambda p, name=name: p[name]) for name in law.params}
     quantities["a"] = lambda p: compare.allocation_exponent(law, p)

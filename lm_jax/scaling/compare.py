@@ -1,5 +1,6 @@
 """Which form to believe: Akaike's criterion, and how well each predicts runs with more compute than it saw."""
 
+import itertools
 import math
 
 import numpy as np
@@ -17,7 +18,7 @@ def rolling(law: Law, table: Table, **settings) -> dict:
     """Mean absolute relative error of rows just above a cut in compute, fitted on those below it, over CUTS."""
     order = np.argsort(table["C"], kind="stable")
     edges = [round(share * len(table)) for share in (*CUTS, 1.0)]
-    cuts = [_predicted(law, table, order[:a], order[a:b], settings) for a, b in zip(edges, edges[1:]) if b > a]
+    cuts = [_predicted(law, table, order[:a], order[a:b], settings) for a, b in itertools.pairwise(edges) if b > a]
     cuts = [cut for cut in cuts if cut]
     return {"error": float(np.mean([cut["error"] for cut in cuts])) if cuts else None, "cuts": cuts}
 

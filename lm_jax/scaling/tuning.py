@@ -39,7 +39,7 @@ def noise_scale(small: int, big: int, squares_small, squares_big, rng: np.random
     signal, noise = solved(squares_small.mean(), squares_big.mean())
     if signal <= 0 or noise <= 0:
         raise Refused(f"|G|^2 comes out as {signal:.3g} and tr(Sigma) as {noise:.3g}, both must be positive: measure "
-                      f"more often than {len(squares_small)} times, or with batches further apart than {small} and {big}")
+                      f"more often than {len(squares_small)} times, or with batches farther apart than {small}, {big}")
     again = lambda values: rng.choice(values, (draws, len(values))).mean(1)
     signals, noises = solved(again(squares_small), again(squares_big))
     scales = np.where(signals > 0, np.maximum(noises, 0) / np.where(signals > 0, signals, 1), np.inf)

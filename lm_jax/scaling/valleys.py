@@ -128,7 +128,7 @@ def trace(at, x, loss, rng: np.random.Generator, *, method: str = "parabola", no
         except Refused:
             continue
     if len(found) < draws:
-        raise Refused(f"minima are lost in the noise: {len(found)} of {20 * draws} tables with other noise had them all")
+        raise Refused(f"minima are lost in the noise: {len(found)} of {20 * draws} tables with new noise had them all")
     return Trace(math.exp(level), float(exponent), tuple(valleys), tuple(refused), method, freedom, np.array(found))
 
 
