@@ -32,6 +32,7 @@ KNOWN = {
     "params_convention": ("params_convention",), "flops_convention": ("flops_convention",),
 }
 NAMES = {alias: key for key, aliases in KNOWN.items() for alias in aliases}
+SPOILT = ("diverged", "under-cooled")  # flags of a run whose loss is not what its N and D can reach
 NUMBERS = ("N", "D", "C", "U", "loss", "bits_per_byte", "epochs", "lr", "batch")
 
 
@@ -97,7 +98,7 @@ def read(path, *, where: Mapping[str, str] | None = None, ignore: tuple[str, ...
     kept = [(line, row) for line, row in rows if all(_same(row.get(k), v, k, path) for k, v in where.items())]
     notes = [f"{len(kept)} of {len(rows)} rows have {', '.join(f'{k}={v}' for k, v in where.items())}"] if where else []
     out = [(line, row) for line, row in kept if not _left_out(row)]
-    notes += [f"{len(kept) - len(out)} rows left out (excluded, or status not ok): lines "
+    notes += [f"{len(kept) - len(out)} rows left out (excluded, flagged, or status not ok): lines "
               + _some([line for line, row in kept if _left_out(row)])] if len(out) < len(kept) else []
     if not out:
         raise DataError(f"{path}: no row is left of {len(rows)}: {'; '.join(notes)}")
@@ -208,7 +209,9 @@ def _records(path: Path, params: str) -> Iterator[tuple[int, dict]]:
 
 
 def _left_out(row: Mapping) -> bool:
-    return str(row.get("excluded") or "0").lower() in ("1", "1.0", "true", "yes") or (row.get("status") or "ok") != "ok"
+    spoilt = any(flag in str(row.get("flags")) for flag in SPOILT)
+    excluded = str(row.get("excluded") or "0").lower() in ("1", "1.0", "true", "yes")
+    return excluded or spoilt or (row.get("status") or "ok") != "ok"
 
 
 def _same(value, wanted: str, name: str, path) -> bool:
