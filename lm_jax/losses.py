@@ -5,8 +5,10 @@ import jax.numpy as jnp
 
 from lm_jax import parallel
 from lm_jax.batch import Batch, Mean
+from lm_jax.config import ConfigError
 
 CHUNK = 2**26  # most logits a device holds at once: 256 MiB in float32
+LOWEST = -1e30  # below any logit, and finite
 
 
 def next_token(model, batch: Batch, key=None, *, z_loss: float = 0.0, smoothing: float = 0.0) -> dict[str, Mean]:
@@ -59,32 +61,46 @@ def row_sums(model, batch: Batch) -> dict[str, jax.Array]:
 def token_scores(model, x_BTD, targets_BT):
     """Per token, [B, T] in float32: cross-entropy, log-partition, mean of it over the vocabulary, whether right.
 
-    Logits are made for one chunk of tokens at a time and again in the backward pass, so that a large vocabulary never
-    needs more than `CHUNK` of them; small ones are made once.
+    The vocabulary is taken in `parts_of` parts, one after another, each made again in the backward pass: no more than
+    `CHUNK` logits are held at once, and a part of the output table is gathered, and its gradient scattered, once.
     """
-    chunks = chunks_of(*x_BTD.shape[:2], model.cfg.vocab)
-    if chunks == 1:
-        return _scores(model, x_BTD, targets_BT)
-    scores = jax.checkpoint(lambda xs: _scores(model, *xs), prevent_cse=False)
-    parts = jax.lax.map(scores, (parallel.split(x_BTD, chunks, axis=1), parallel.split(targets_BT, chunks, axis=1)))
-    return tuple(parallel.join(part, axis=1) for part in parts)
+    x_BTD, (table, bias_V) = model.outward(x_BTD), model.output()
+    ids_V = parallel.constrain(jnp.arange(model.cfg.vocab), "V")
+    wide_BTD = x_BTD.astype(jnp.float32)  # the gradients of the parts add up in float32
+
+    def add(sums, part):
+        highest_BT, total_BT, target_BT, sum_BT = sums
+        ids_V, *output = part
+        logits_BTV = model.unembedded(wide_BTD.astype(x_BTD.dtype), *output)
+        higher_BT = jnp.maximum(highest_BT, jax.lax.stop_gradient(logits_BTV.max(-1)))
+        total_BT = total_BT * jnp.exp(highest_BT - higher_BT) + jnp.exp(logits_BTV - higher_BT[..., None]).sum(-1)
+        hit_BTV = ids_V == targets_BT[..., None]  # a gather would bring all of V together
+        target_BT += jnp.where(hit_BTV, logits_BTV, 0).sum(-1)
+        return (higher_BT, total_BT, target_BT, sum_BT + logits_BTV.sum(-1)), None
+
+    none_BT = jnp.zeros_like(targets_BT, jnp.float32)
+    sums, whole = (none_BT + LOWEST, none_BT, none_BT, none_BT), (ids_V, table, bias_V)
+    parts = parts_of(*targets_BT.shape, model.cfg.vocab)
+    if parts == 1:
+        sums, _ = add(sums, whole)
+    else:
+        axes = 0, model.output_letters.index("V"), 0
+        cut = tuple(a if a is None else parallel.split(a, parts, axis=axis) for a, axis in zip(whole, axes))
+        sums, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), sums, cut)
+    highest_BT, total_BT, target_BT, sum_BT = sums
+    z_BT = highest_BT + jnp.log(total_BT)
+    return z_BT - target_BT, z_BT, z_BT - sum_BT / model.cfg.vocab, target_BT >= highest_BT
 
 
-def chunks_of(B: int, T: int, V: int) -> int:
-    """In how many parts, one after another, the logits [B, T, V] are made on the mesh in use."""
-    size = parallel.local_size("BTV", (B, T, V))
-    local = parallel.local_size("T", (T,))  # no chunk may need another device's tokens
-    return next(n for n in range(1, local + 1) if local % n == 0 and (size <= n * CHUNK or n == local))
-
-
-def _scores(model, x_BTD, targets_BT):
-    logits_BTV = model.logits(x_BTD)
-    ids_V = parallel.constrain(jnp.arange(logits_BTV.shape[-1]), "V")
-    hit_BTV = ids_V == targets_BT[..., None]  # a gather would bring all of V together
-    z_BT = jax.nn.logsumexp(logits_BTV, -1)
-    target_BT = jnp.where(hit_BTV, logits_BTV, 0).sum(-1)
-    right_BT = target_BT >= jax.lax.stop_gradient(logits_BTV.max(-1))
-    return z_BT - target_BT, z_BT, z_BT - logits_BTV.mean(-1), right_BT
+def parts_of(B: int, T: int, V: int) -> int:
+    """In how many parts the logits [B, T, V] are made on the mesh in use; ConfigError if V has no such divisor."""
+    size, own = parallel.local_size("BTV", (B, T, V)), parallel.local_size("V", (V,))
+    least = -(-size // CHUNK)
+    parts = next((n for n in range(least, own + 1) if own % n == 0), None)
+    if parts is None or parts > max(32, 4 * least):
+        raise ConfigError(f"{size:,} logits on a device are made {CHUNK:,} at a time, and a vocabulary of {V:,} has no "
+                          f"divisor for it: set model.vocab={-(-V // 128) * 128}, or use more train.microbatches")
+    return parts
 
 
 def _pair_scores(model, x_BTD, batch):

@@ -12,7 +12,7 @@ from lm_jax.batch import Batch
 from lm_jax.config import TransformerConfig
 from lm_jax.models import heads, positions
 from lm_jax.models.attention import Attention, RelativeBias, alibi, whole
-from lm_jax.models.layers import MLP, PRODUCT, Einsum, Embed, Norm, depth_ratio, dropout, width_ratio
+from lm_jax.models.layers import MLP, PRODUCT, Einsum, Embed, Norm, depth_ratio, dropout, matmul, width_ratio
 from lm_jax.models.layouts import SAVED, Layout
 from lm_jax.models.moe import MoE
 
@@ -171,17 +171,30 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD):
         """logits_BTV of hidden states, in float32."""
+        return self.unembedded(self.outward(x_BTD), *self.output())
+
+    def outward(self, x_BTD):
+        """Hidden states as the output table reads them."""
         cfg = self.cfg
-        if self.transform is not None:
-            x_BTD = self.transform(x_BTD)
+        x_BTD = x_BTD if self.transform is None else self.transform(x_BTD)
         scale = (root(cfg) ** -1 if cfg.table_scale == "out" else 1.0) / width_ratio(cfg)
-        x_BTD = x_BTD * scale if scale != 1 else x_BTD
-        logits_BTV = (self.unembed or self.embed.attend)(x_BTD, jnp.float32)
-        if self.transform is not None:
-            logits_BTV += self.transform.bias[...]
-        if cfg.logit_softcap:
-            logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
-        return logits_BTV
+        return x_BTD * scale if scale != 1 else x_BTD
+
+    def output(self):
+        """The output table, [V, D] if tied and else [D, V], and the bias_V of a masked head, or None."""
+        table = (self.embed.table if self.unembed is None else self.unembed.w)[...]
+        return table, None if self.transform is None else self.transform.bias[...]
+
+    def unembedded(self, x_BTD, table, bias_V=None):
+        """logits_BTV of what `outward` gives, over the ids whose part of the `output` is given."""
+        logits_BTV = matmul(f"BTD,{self.output_letters}->BTV", jnp.float32, x_BTD, table)
+        logits_BTV = logits_BTV if bias_V is None else logits_BTV + bias_V
+        cap = self.cfg.logit_softcap
+        return cap * jnp.tanh(logits_BTV / cap) if cap else logits_BTV
+
+    @property
+    def output_letters(self) -> str:
+        return "VD" if self.unembed is None else "DV"
 
     def encode(self, source: Batch, *, keys=(None, None)):
         """The encoder's output, its layout spread over S, and the router's losses."""

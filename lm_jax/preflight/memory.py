@@ -68,10 +68,10 @@ def _workspace(config: Config, mesh, weights: int) -> int:
         layered = [_together(w, mesh) for w in flops.weights(cfg) if w.kind.letters[0] == "L"]
         tables = [_together(w, mesh) for w in flops.weights(cfg) if "V" in w.kind.letters and "D" in w.kind.letters]
         logits = parallel.local_size("BTV", (config.train.batch, tokens, cfg.vocab))
-        logits //= losses.chunks_of(config.train.batch, tokens, cfg.vocab)
+        parts = losses.parts_of(config.train.batch, tokens, cfg.vocab)
         cast = 0 if item == 4 else item * weights // 4
     layer = item * sum(layered) + 4 * max(layered) + (_layer(config, mesh, "none") - _layer(config, mesh, cfg.remat)) / 2
-    head = (item + 4) * max(tables) + 2 * 4 * logits
+    head = ((item + 4) * max(tables) + 2 * 4 * logits) / parts
     return int(cast + AT_ONCE * (layer + head))
 
 

@@ -69,7 +69,7 @@ def computed(config: Config) -> float:
     """FLOPs that one device of the mesh in use really computes in a step: what remat does again too, and what letters
     that do not divide their axis have several devices do."""
     cfg, (T, S), rows = config.model, row_lengths(config), config.train.batch
-    chunked = losses.chunks_of(rows // config.train.microbatches, T, cfg.vocab) > 1
+    chunked = losses.parts_of(rows // config.train.microbatches, T, cfg.vocab) > 1
     total = 0.0
     for w in flops.weights(cfg):
         again = cfg.remat == "full" if "blocks" in w.path else chunked

@@ -89,14 +89,14 @@ def _weight(config: Config, w: flops.Weight, tokens: dict, T: int, S: int):
             yield from _gathers(size * whole, letters, shape, gathered, 1)
             yield from _sums(size * whole, met, 1 + (S > 0 and w.path[0] == "embed"))
         if kind.fan_in or _tied(w, cfg):
-            parts = _parts(config, w, T)
+            parts = _parts(config, w, T)  # each of which a device brings together, and sums the gradient of, once
             shared = 0 if _tied(w, cfg) else 1  # outside loops backward and forward share a gather, and with a lookup
-            times = 2 * layers * parts if stacked or parts > 1 else shared
+            times = 2 * layers if stacked or parts > 1 else shared
             yield from _gathers(size * whole, letters, shape, gathered, times)
             rest = tuple(axis for axis in met.over_rows + met.over_length if axis not in gathered)
-            yield Move("reduce-scatter", 4 * whole, gathered, layers * parts, "gradients")
-            yield Move("all-reduce", 4 * whole // parallel.devices_along(gathered), rest, layers * parts, "gradients")
-            yield from _products(cfg, w, letters, shape, met, size, layers)
+            yield Move("reduce-scatter", 4 * whole, gathered, layers, "gradients")
+            yield Move("all-reduce", 4 * whole // parallel.devices_along(gathered), rest, layers, "gradients")
+            yield from _products(cfg, w, letters, shape, met, size, layers * parts)
 
 
 def _products(cfg, w: flops.Weight, letters: str, shape: tuple, met: _Tokens, size: int, layers: int):
@@ -171,8 +171,9 @@ def _lookup(config: Config, met: _Tokens) -> list[Move]:
 
 
 def _loss(config: Config, met: _Tokens) -> list[Move]:
-    """Four numbers a token are all that is summed over the vocabulary: two maxima, the partition, the target's."""
-    return [Move("all-reduce", 4 * met.local, parallel.activation_axes("V", config.model.vocab), 4, "loss")]
+    """Four numbers a token are all that is summed over a part of the vocabulary: two maxima, the partition, the target's."""
+    B, T, V = config.train.batch // config.train.microbatches, met.length, config.model.vocab
+    return [Move("all-reduce", 4 * met.local, parallel.activation_axes("V", V), 4 * losses.parts_of(B, T, V), "loss")]
 
 
 def _layout(config: Config, met: _Tokens) -> list[Move]:
@@ -187,7 +188,7 @@ def _tied(w: flops.Weight, cfg) -> bool:
 
 
 def _parts(config: Config, w: flops.Weight, T: int) -> int:
-    """How often a step uses a weight: those of the loss once for each part of the logits."""
-    if not (_tied(w, config.model) or w.path[0] in ("unembed", "transform")):
+    """In how many parts a weight is used: the output table in those of the logits."""
+    if not (_tied(w, config.model) or w.path[0] == "unembed"):
         return 1
-    return losses.chunks_of(config.train.batch // config.train.microbatches, T, config.model.vocab)
+    return losses.parts_of(config.train.batch // config.train.microbatches, T, config.model.vocab)

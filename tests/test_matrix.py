@@ -1,0 +1,162 @@
+"""The same numbers on every mesh: loss, gradient, updated weights, isolation of packed rows, checkpoints, in one matrix."""
+
+import contextlib
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+import tiny
+from lm_jax import checkpoint, hosts, losses, optim, parallel, trainer
+from lm_jax.config import MeshConfig, OptimConfig
+from lm_jax.models.layers import kinds
+from lm_jax.models.transformer import Transformer
+
+MESHES = {
+    "data 8": dict(data=8, fsdp=1),
+    "fsdp 8": dict(fsdp=8),
+    "model 4, data 2": dict(model=4, data=2, fsdp=1),
+    "sequence 4, fsdp 2": dict(sequence=4, fsdp=2),
+    "expert 4, data 2": dict(expert=4, data=2, fsdp=1),
+    "replica 2, fsdp 2, model 2": dict(replica=2, fsdp=2, model=2),
+    "fsdp 2, sequence 2, model 2": dict(fsdp=2, sequence=2, model=2),
+    "expert 2, fsdp 2, model 2": dict(expert=2, fsdp=2, model=2),
+}
+FAMILIES = {
+    "decoder": dict(depth=1, kv_heads=2, tied=False, sinks=True),  # fewer key heads than shards of the model
+    "encoder": dict(depth=1),
+    "encoder_decoder": dict(depth=1, encoder_depth=1),
+    "experts": dict(depth=1),
+}
+# An expert axis is one more fsdp axis for a model without experts.
+CASES = [(family, mesh) for mesh in MESHES for family in FAMILIES if "expert" not in mesh or family == "experts"]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Where checkpoints made on one device are."""
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("family, mesh", CASES)
+def test_a_step_is_the_same_on_every_mesh_and_goes_on_on_any_other(family, mesh, parts, tmp_path, kept):
+    """Step 1 on the mesh, saved there and gone on on one device; step 1 on one device, gone on on the mesh."""
+    alone, expected = single(family), [single(family).first, single(family).second]
+    if not (kept / family).exists():
+        saved(kept / family, expected[0][0])
+    with on(MESHES[mesh]):
+        here = Run(family, parts=parts)
+        np.testing.assert_allclose(here.first[1], expected[0][1], rtol=1e-5)
+        same(here.first[0], expected[0][0])
+        assert_optimizer_lies_as_the_weights_do(here.first[0])
+        assert_packed_rows_are_isolated(here)
+        saved(tmp_path / "mesh", here.first[0])
+        gone_on = here.step(restored(kept / family, here.begun), batches(family)[1])
+        np.testing.assert_allclose(numbers(gone_on[1]), expected[1][1], rtol=1e-5)
+        same(gone_on[0], expected[1][0])
+    gone_on = alone.step(restored(tmp_path / "mesh", alone.begun), batches(family)[1])
+    np.testing.assert_allclose(numbers(gone_on[1]), expected[1][1], rtol=1e-5)
+
+
+def test_on_one_mesh_a_run_gone_on_is_the_unbroken_one_bit_for_bit(tmp_path):
+    with on(MESHES["fsdp 2, sequence 2, model 2"]):
+        run = Run("decoder", parts=1)
+        saved(tmp_path, run.first[0])
+        state, metrics = run.step(restored(tmp_path, run.begun), batches("decoder")[1])
+        assert numbers(metrics) == run.second[1]
+        jax.tree.map(np.testing.assert_array_equal, *(trainer.parameters(s.model) for s in (state, run.second[0])))
+
+
+class Run:
+    """A tiny model and its jitted step on the mesh in use, with the states after its first and second step."""
+
+    def __init__(self, family, *, parts):
+        self.family, o = family, OptimConfig(warmup=1, eps=1e-3)  # else Adam takes the sign of zero gradients' noise
+        model = placed(tiny.model(family, **FAMILIES[family]))
+        tx = optim.make(o, 3, kinds(model))
+        step = trainer.make_step(losses.next_token, tx, optim.schedule(o, 3), microbatches=parts)
+        self.compiled = jax.jit(step, compiler_options=tiny.QUICK)
+        self.begun = trainer.begin(model, tx)
+        state, metrics = self.step(self.begun, batches(family)[0])
+        self.first = state, numbers(metrics)
+
+    @functools.cached_property
+    def second(self):
+        state, metrics = self.step(self.first[0], batches(self.family)[1])
+        return state, numbers(metrics)
+
+    def step(self, state, batch):
+        return self.compiled(state, hosts.put_batch(batch), jax.random.key(0))
+
+
+@functools.cache
+def single(family: str) -> Run:
+    return Run(family, parts=1)
+
+
+@functools.cache
+def batches(family: str) -> list[dict]:
+    make = tiny.pairs if family == "encoder_decoder" else tiny.rows
+    return [make(seed, batch=32) for seed in (0, 7)]
+
+
+@contextlib.contextmanager
+def on(mesh: dict):
+    with jax.sharding.set_mesh(parallel.make_mesh(MeshConfig(**mesh))):
+        yield
+
+
+def placed(model):
+    """The model with each weight where the table of weights wants it."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return model
+    types = jax.eval_shape(lambda: Transformer(model.cfg, rngs=nnx.Rngs(0)))
+    return jax.device_put(model, jax.tree.map(lambda like: NamedSharding(mesh, like.sharding.spec), types))
+
+
+def numbers(metrics) -> list[float]:
+    return [float(metrics[name]) for name in ("objective", "loss", "accuracy", "grad_norm", "update_norm", "param_norm")]
+
+
+def same(state, other):
+    """Weights equal to 1e-5 of the largest of each array."""
+    def close(a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    jax.tree.map(close, trainer.parameters(state.model), trainer.parameters(other.model))
+
+
+def assert_optimizer_lies_as_the_weights_do(state):
+    where = {a.shape: a.sharding.spec for a in jax.tree.leaves(trainer.parameters(state.model))}
+    moments = [a for a in jax.tree.leaves(state.opt.inner) if a.ndim]
+    assert len(moments) == 2 * len(jax.tree.leaves(trainer.parameters(state.model)))
+    for a in moments:
+        assert a.sharding.spec == where[a.shape], (a.shape, a.sharding.spec)
+
+
+def assert_packed_rows_are_isolated(run: Run):
+    """The loss over a row's second document is the same, to the bit, whatever the first one says."""
+    batch = batches(run.family)[0]
+    second = batch | {"weights": batch["weights"] * (batch["segments"] == 2)}
+    other = second | {"tokens": np.where(batch["segments"] == 1, 1 + batch["tokens"] % 62, batch["tokens"])}
+    assert (other["tokens"] != second["tokens"]).sum() > 100
+    one, two = (run.step(run.begun, b)[1]["loss"] for b in (second, other))
+    assert one == two
+
+
+def saved(folder, state):
+    with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as files:
+        files.save(1, trainer.saved(state), {})
+        files.wait()
+
+
+def restored(folder, like):
+    with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as files:
+        _, tree, _ = files.restore(trainer.saved(like))
+    return trainer.resumed(like, tree)
+
