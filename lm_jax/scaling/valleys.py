@@ -20,6 +20,7 @@ from lm_jax.scaling.table import Table
 BUDGET = 0.1  # of log C: runs closer than this have the same budget
 WINDOW = 7  # sizes of an envelope's slice, around its lowest
 DRAWS = 200
+SHARED = 0.75  # power of 1 - leverage where profiles share noise: between HC2 and HC3, which hold too little and too much
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def trace(at, x, loss, rng: np.random.Generator, *, method: str = "parabola", no
     """Minima over x at each value of `at`, joined by a power law; `noise` names the rows that share their noise.
 
     Draws flip the signs of residuals (wild bootstrap, a sign for each name), which are first made as large as the
-    noise, of which a parabola takes a part, and the more where neighbouring profiles share it (HC2, HC3).
+    noise, of which a parabola takes a part, and the more where neighbouring profiles share it.
     """
     profiles = [np.flatnonzero(at == value) for value in np.unique(at)]
     noise = np.arange(len(x)) if noise is None else noise
@@ -116,7 +117,7 @@ def trace(at, x, loss, rng: np.random.Generator, *, method: str = "parabola", no
     freedom = min(freedom, len(names) - 3) if shared else freedom
     smooth, residual = np.zeros(len(x)), np.zeros(len(x))
     for rows in kept:
-        smooth[rows], residual[rows] = _parabola_residuals(x[rows], loss[rows], power=1.0 if shared else 0.5)
+        smooth[rows], residual[rows] = _parabola_residuals(x[rows], loss[rows], power=SHARED if shared else 0.5)
     found = []
     for _ in range(20 * draws):
         if len(found) == draws:
