@@ -20,7 +20,7 @@ from lm_jax.scaling.table import Table
 BUDGET = 0.1  # of log C: runs closer than this have the same budget
 WINDOW = 7  # sizes of an envelope's slice, around its lowest
 DRAWS = 200
-SHARED = 0.75  # power of 1 - leverage where profiles share noise: HC2 (0.5) holds the truth too seldom, HC3 (1) too often
+SHARED = 0.75  # power of 1 - leverage where profiles share noise: HC2 (0.5) holds the truth too seldom, HC3 too often
 
 
 @dataclass(frozen=True)
