@@ -22,6 +22,7 @@ LAYERS = (
     ("trainer", "inference"),
     ("recipes",),
     ("preflight",),
+    ("launchers",),
     ("scaling",),
     ("prepare", "train", "plan", "sweep", "fit", "bench", "evaluate", "generate", "convert", "serve"),
 )
