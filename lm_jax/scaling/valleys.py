@@ -57,7 +57,7 @@ class Trace:
 
 def isoflop(table: Table, rng: np.random.Generator, *, method: str = "parabola", draws: int = DRAWS) -> Trace:
     """Best N along C, of a table whose runs share budgets. Refused where fewer than two budgets have a valley."""
-    return trace(_budgets(table["C"]), table["N"], table.loss, rng, method=method, draws=draws)
+    return trace(budgets(table["C"]), table["N"], table.loss, rng, method=method, draws=draws)
 
 
 def envelope(table: Table, rng: np.random.Generator, *, method: str = "parabola", budgets: int = 12,
@@ -133,6 +133,17 @@ def trace(at, x, loss, rng: np.random.Generator, *, method: str = "parabola", no
     return Trace(math.exp(level), float(exponent), tuple(valleys), tuple(refused), method, freedom, np.array(found))
 
 
+def budgets(C) -> np.ndarray:
+    """C of each row's budget: rows in a chain of neighbours closer than BUDGET share their geometric mean."""
+    order = np.argsort(C)
+    groups = np.cumsum(np.diff(np.log(C[order]), prepend=np.log(C[order[0]])) > BUDGET)
+    shared = np.empty(len(C))
+    for group in np.unique(groups):
+        rows = order[groups == group]
+        shared[rows] = np.exp(np.log(C[rows]).mean())
+    return shared
+
+
 def minimum(x, loss, *, method: str = "parabola") -> tuple[float, float]:
     """(x, loss) at the bottom of a valley, x on a log scale. Refused where there is none inside the points."""
     order = np.argsort(x)
@@ -187,17 +198,6 @@ def _parabola_residuals(x, loss, *, power: float):
     matrix = np.vander(np.log(x) - np.log(x).mean(), 3)
     hat = matrix @ np.linalg.pinv(matrix)
     return hat @ loss, (loss - hat @ loss) / np.maximum(1 - np.diag(hat), 0.1) ** power
-
-
-def _budgets(C) -> np.ndarray:
-    """C of each row's budget: rows in a chain of neighbours closer than BUDGET share their geometric mean."""
-    order = np.argsort(C)
-    groups = np.cumsum(np.diff(np.log(C[order]), prepend=np.log(C[order[0]])) > BUDGET)
-    shared = np.empty(len(C))
-    for group in np.unique(groups):
-        rows = order[groups == group]
-        shared[rows] = np.exp(np.log(C[rows]).mean())
-    return shared
 
 
 def _curves(table: Table) -> list[tuple]:
