@@ -132,11 +132,13 @@ def same(state, other):
 
 
 def assert_optimizer_lies_as_the_weights_do(state):
-    where = {a.shape: a.sharding.spec for a in jax.tree.leaves(trainer.parameters(state.model))}
-    moments = [a for a in jax.tree.leaves(state.opt.inner) if a.ndim]
-    assert len(moments) == 2 * len(jax.tree.leaves(trainer.parameters(state.model)))
-    for a in moments:
-        assert a.sharding.spec == where[a.shape], (a.shape, a.sharding.spec)
+    name = jax.tree_util.keystr
+    where = {name(path): a.sharding.spec for path, a in
+             jax.tree_util.tree_leaves_with_path(trainer.parameters(state.model))}
+    moments = [(name(path), a) for path, a in jax.tree_util.tree_leaves_with_path(state.opt.inner) if a.ndim]
+    assert len(moments) == 2 * len(where)
+    for path, a in moments:
+        assert a.sharding.spec == next(spec for weight, spec in where.items() if path.endswith(weight)), path
 
 
 def assert_packed_rows_are_isolated(run: Run):

@@ -21,18 +21,13 @@ MACHINE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a step, in bytes a device: `arguments` is the state and the batch, `temporaries` all
-    else that is alive at once, None where it gave up because they do not fit, and `refusal` says why."""
+    """What the compiler says of a step: `total` is its own peak of memory, in bytes a device, state and batch included,
+    by which it takes or refuses a program; None where it refused, and `refusal` says why."""
 
-    arguments: int | None
-    temporaries: int | None
+    total: int | None
     seconds: float
     text: str = ""  # the program, whose collectives hlo.py reads
     refusal: str = ""
-
-    @property
-    def total(self) -> int | None:
-        return None if self.refusal else self.arguments + self.temporaries
 
 
 def compile(config: Config, topology: Topology) -> Compiled:
@@ -57,18 +52,19 @@ def compile(config: Config, topology: Topology) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return Compiled(None, None, time.time() - begun, refusal=_first_line(error))
-    memory = compiled.memory_analysis()
-    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes  # outputs that reuse no argument
-    return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes + kept, time.time() - begun,
-                    compiled.as_text())
+            return Compiled(None, time.time() - begun, refusal=_first_line(error))
+    return Compiled(compiled.memory_analysis().peak_memory_in_bytes, time.time() - begun, compiled.as_text())
 
 
 def _devices(topology: Topology):
     from jax.experimental import topologies
 
-    slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology.jax_name, **slices).devices
+    device, more = topology.device, {}
+    if topology.slices > 1:
+        more["num_slices"] = topology.slices
+    if device.cores > device.per_chip:
+        more["chip_config_name"] = "megacore"  # two cores as one device; of a v4 the compiler would make two
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology.jax_name, **more).devices
 
 
 def _first_line(error: Exception) -> str:
