@@ -25,13 +25,13 @@ def estimate(config: Config, mesh) -> dict[str, int]:
     """Bytes a device by part, and their "total": the predicted peak of a step on `mesh`, abstract or of devices."""
     step = program.abstract(config, mesh)
     part = _microbatch(config)
-    weights = _held(trainer.parameters(step.state.model))
+    weights = held(trainer.parameters(step.state.model))
     sizes = {
         "weights": weights,
-        "optimizer": _held(step.state.opt),
-        "batch": _held(step.batch),
+        "optimizer": held(step.state.opt),
+        "batch": held(step.batch),
         "gradients": weights * (3 if config.train.microbatches > 1 else 1),  # and a sum's old and new value
-        "activations": _held(residuals(part, mesh)),
+        "activations": held(residuals(part, mesh)),
         "workspace": _workspace(part, mesh, weights),
     }
     return sizes | {"total": sum(sizes.values())}
@@ -79,7 +79,7 @@ def _layer(config: Config, mesh, remat: str) -> int:
     """Bytes that one more layer (of each stack) keeps for the backward pass."""
     def kept(depth):
         model = replace(config.model, depth=depth, encoder_depth=min(depth, config.model.encoder_depth), remat=remat)
-        return _held(residuals(replace(config, model=model), mesh))
+        return held(residuals(replace(config, model=model), mesh))
     return max(0, kept(2) - kept(1))
 
 
@@ -89,7 +89,7 @@ def _microbatch(config: Config) -> Config:
     return replace(config, train=replace(t, batch=t.batch // t.microbatches, microbatches=1))
 
 
-def _held(tree) -> int:
+def held(tree) -> int:
     """Bytes of arrays that one device holds."""
     def local(a):
         shape = a.shape if a.sharding is None else a.sharding.shard_shape(a.shape)
