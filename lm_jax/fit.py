@@ -3,8 +3,9 @@
     python -m lm_jax.fit runs.jsonl --predict 1e24
 
 The table is a runs.jsonl of a sweep or anybody's CSV with params, tokens, loss (flops, unique_tokens, epochs, seed,
-run, lr, batch, tokenizer, excluded). law.json, in the folder --out, names every law with its parameters, intervals and
-warnings. Exit codes: 0 done, 2 the data cannot carry what was asked, 77 the table is damaged.
+run, lr, batch, tokenizer, excluded). In the folder --out, law.json names every law with its parameters, intervals and
+warnings, and report.html shows them, with the figures that are in figures/ too. Exit codes: 0 done, 2 the data cannot
+carry what was asked, 77 the table is damaged.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from rich.table import Table as Shown
 
 from lm_jax import devices, disk, errors
 from lm_jax.errors import ConfigError
-from lm_jax.scaling import fitting, intervals, results, table
+from lm_jax.scaling import fitting, intervals, report, results, table
 from lm_jax.scaling.laws import LAWS
 from lm_jax.workdir import plain
 
@@ -40,7 +41,8 @@ def main(argv):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     disk.replace(out / "law.json", [json.dumps(plain(record), indent=2), "\n"])
-    console.print(f"\neverything is in {out / 'law.json'}")
+    page = report.write(out, runs, fits, record, law=args.law)
+    console.print(f"\neverything is in {out / 'law.json'} and {page}")
     return 0
 
 
@@ -52,7 +54,7 @@ def parse(argv) -> argparse.Namespace:
     add("table", help="runs.jsonl or a CSV")
     add("--predict", type=float, action="append", default=[], metavar="FLOPS", help="a budget; may be given again")
     add("--law", default="chinchilla", choices=LAWS, help="the law that predicts, and that --fix and --start mean")
-    add("--out", default=".", help="folder of law.json")
+    add("--out", default=".", help="folder of law.json and report.html")
     add("--level", type=float, default=intervals.LEVEL, help="of the intervals")
     add("--draws", type=int, default=intervals.DRAWS,
         help="of each resampling (other laws a tenth); 0 leaves profiles and the sandwich")

@@ -1,0 +1,128 @@
+"""Figures of the runs themselves: loss against compute, training curves, valleys and what joins their minima.
+
+Each takes a Subject and returns (Figure, caption), or raises Refused with the reason why there is nothing to draw.
+"""
+
+import numpy as np
+
+from lm_jax.scaling import style, valleys
+from lm_jax.scaling import subject as numbers
+from lm_jax.scaling.checks import Refused
+from lm_jax.scaling.style import INK, LAW, OTHER
+from lm_jax.scaling.subject import Subject
+from lm_jax.scaling.words import TOLD, between
+
+
+def compute(s: Subject):
+    """Loss against compute, the lowest reached so far, and the law's best."""
+    figure, (axes,) = style.panels(1)
+    shades = style.shades(s.runs["N"])
+    curves = numbers.training_curves(s.runs)
+    for rows in curves:
+        axes.plot(s.runs["C"][rows], s.runs.loss[rows], color=style.ORDERED(shades(s.runs["N"][rows[0]])), linewidth=1)
+    axes.scatter(s.ends["C"], s.ends.loss, c=s.ends["N"], cmap=style.ORDERED, norm=shades, s=18, zorder=3)
+    order = np.argsort(s.runs["C"])
+    lowest = np.minimum.accumulate(s.runs.loss[order])
+    axes.step(s.runs["C"][order], lowest, where="post", color=INK, linewidth=1.3, label="lowest loss reached so far")
+    losses = [s.ends.loss]
+    C = np.geomspace(s.ends["C"].min(), s.ends["C"].max(), 200)
+    if numbers.reaches(s.fit):
+        best = numbers.frontier(s.fit, C, s.level, numbers.per_product(s.ends))
+        axes.fill_between(C, best.low, best.high, color=OTHER, alpha=0.25, linewidth=0)
+        axes.plot(C, best.centre, color=OTHER, linewidth=2,
+                  label=f"{s.law}{', best N and D' if numbers.allocates(s.fit) else ''}, {100 * s.level:g} % band")
+        losses.append(best.centre)
+    if found := s.record["approaches"].get("approach_1_parabola"):
+        at, low = np.array([[valley["at"], valley["loss"]] for valley in found["valleys"]]).T
+        axes.plot(at, low, **style.MARK, label="minima over N of the curves (approach 1)")
+    axes.set(xscale="log", xlim=(C[0] / 2, C[-1] * 2))  # curves begin far to the left, above what is shown
+    style.log_axis(axes.xaxis, "C", s.ends)
+    style.loss_axis(axes, s.ends, losses)
+    style.colour_bar(figure, axes, shades, "N", s.ends)
+    style.legend(axes)
+    axes.set_title("loss against compute")
+    return figure, (f"{len(s.ends)} runs, coloured by size" + (f", {len(curves)} of them with their training curve"
+                    if curves else "") + ". The step line is the envelope: no run does better with as little compute.")
+
+
+def curves(s: Subject):
+    """Training curves: loss against tokens."""
+    found = numbers.training_curves(s.runs)
+    if not found:
+        raise Refused(f"no run of the table has {numbers.CURVE} rows or more: a record a run says how it ended, not "
+                      "how it came there (give a column run, and a row for each evaluation)")
+    figure, (axes,) = style.panels(1)
+    shades = style.shades(s.runs["N"])
+    for rows in found:
+        colour = style.ORDERED(shades(s.runs["N"][rows[0]]))
+        axes.plot(s.runs["D"][rows], s.runs.loss[rows], color=colour, linewidth=1.2)
+        axes.plot(s.runs["D"][rows[-1]], s.runs.loss[rows[-1]], "o", color=colour, markersize=4)
+    style.log_axis(axes.xaxis, "D", s.runs)
+    late = np.concatenate([s.runs.loss[rows[len(rows) // 8:]] for rows in found])
+    style.loss_axis(axes, s.runs, [late])
+    style.colour_bar(figure, axes, shades, "N", s.runs)
+    axes.set_title(f"training curves of {len(found)} runs")
+    return figure, "Loss along training, coloured by size; a dot ends each run."
+
+
+def isoflop(s: Subject):
+    """Valleys of loss over N at each budget, and the law of their minima."""
+    return _valleys(s, "N", {"C": "approach_2_parabola"}, "IsoFLOP valleys")
+
+
+def best_lr(s: Subject):
+    """Valleys of loss over the learning rate at each size."""
+    return _valleys(s, "lr", {"N": "lr_along_N", "D": "lr_along_D"}, "learning rate")
+
+
+def best_batch(s: Subject):
+    """Valleys of loss over the batch at each number of tokens."""
+    return _valleys(s, "batch", {"D": "batch_along_D", "N": "batch_along_N"}, "batch")
+
+
+def _valleys(s, dial: str, records: dict, title: str):
+    """The first of the records ({column along which: name of the approach}) that there is."""
+    along = next((column for column, name in records.items() if name in s.record["approaches"]), None)
+    if along is None:
+        name = next(iter(records.values()))
+        raise Refused(s.record["refused"].get(name, f"the record has no {name}"))
+    found = s.record["approaches"][records[along]]
+    figure, (left, right) = style.panels(2)
+    shades = style.shades([valley["at"] for valley in found["valleys"]])
+    at = valleys.budgets(s.ends["C"]) if along == "C" else s.ends[along]
+    losses = []
+    for valley in found["valleys"]:
+        rows = np.flatnonzero(np.isclose(at, valley["at"], rtol=1e-9))
+        x, colour = s.ends[dial][rows], style.ORDERED(shades(valley["at"]))
+        fine = np.geomspace(x.min(), x.max(), 100)
+        curve = np.polynomial.Polynomial.fit(np.log(x), s.ends.loss[rows], 2)(np.log(fine))
+        left.plot(x, s.ends.loss[rows], "o", color=colour, markersize=4)
+        left.plot(fine, curve, color=colour, linewidth=1.3)
+        left.plot(valley["best"], valley["loss"], **style.MARK, zorder=4)
+        losses += [s.ends.loss[rows], [valley["loss"]]]
+    style.log_axis(left.xaxis, dial, s.ends)
+    style.loss_axis(left, s.ends, losses)
+    style.colour_bar(figure, left, shades, along, s.ends)
+    left.set_title(f"{title}: parabolas and their minima")
+    _joined(s, right, found, records[along], dial, along)
+    return figure, (f"Left: loss over {TOLD[dial]}, a colour for each {'budget' if along == 'C' else along}, its "
+                    f"lowest starred. Right: where the lowest is. {len(found['valleys'])} valleys are used, "
+                    f"{len(found['warnings'])} refused" + (f", the first {found['warnings'][0]}."
+                                                           if found["warnings"] else "."))
+
+
+def _joined(s, axes, found, name, dial, along):
+    """Minima and the power laws that join them, by every curve that was laid through the valleys."""
+    ways = {key: other for key, other in s.record["approaches"].items()
+            if key.rpartition("_")[0] == name.rpartition("_")[0] and name.startswith("approach")} or {name: found}
+    looks = ((LAW, "-"), *style.STYLES)
+    for (colour, dashes), (key, way) in zip(looks, ways.items()):
+        at, best = np.array([[valley["at"], valley["best"]] for valley in way["valleys"]]).T
+        x = np.geomspace(at.min() / 1.5, at.max() * 1.5, 2)
+        axes.plot(x, way["factor"] * x ** way["exponent"], color=colour, linestyle=dashes, zorder=2,
+                  label=f"{way['method']}: exponent {way['exponent']:.3f} ({between(way['interval'])})")
+        axes.plot(at, best, **(style.MARK if key == name else dict(marker=".", color=colour, linestyle="none")))
+    style.log_axis(axes.xaxis, along, s.ends)
+    style.log_axis(axes.yaxis, dial, s.ends)
+    axes.set_title(f"best {TOLD[dial]} along {TOLD[along]}")
+    style.legend(axes, title=f"power laws, {100 * s.level:g} % intervals")
