@@ -62,7 +62,8 @@ def summary(recipe: Pretraining, run, status: str, results: dict, wall: float) -
     beside = xz(recipe) if status == "ok" else {}
     final = results.get("all") or next(iter(results.values()), {})
     return {"status": status, "steps": run.done, "tokens": run.done * run.recipe.tokens,
-            "flops": run.done * run.recipe.flops, "seconds": run.meter.seconds,
+            "flops": run.done * run.recipe.flops,
+            "epochs": run.done * recipe.config.train.batch / recipe.rows_available, "seconds": run.meter.seconds,
             "compile_seconds": run.meter.compile_seconds,
             "wall_seconds": wall, **final,
             "validation": results, **beside}
