@@ -9,7 +9,9 @@ carry what was asked, 77 the table is damaged.
 """
 
 import argparse
+import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -18,7 +20,7 @@ from rich.table import Table as Shown
 
 from lm_jax import devices, disk, errors
 from lm_jax.errors import ConfigError
-from lm_jax.scaling import fitting, intervals, report, results, table
+from lm_jax.scaling import fitting, intervals, planner, report, results, table
 from lm_jax.scaling.laws import LAWS
 from lm_jax.workdir import plain
 
@@ -38,6 +40,9 @@ def main(argv):
     record["predict"] = [predictions(fits, runs.finals(), record, budget, args) for budget in args.predict]
     for prediction in record["predict"]:
         show_prediction(console, prediction)
+    if args.next:
+        record["next"] = dataclasses.asdict(plan := recommended(fits, runs.finals(), args))
+        show_plan(console, plan)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     disk.replace(out / "law.json", [json.dumps(plain(record), indent=2), "\n"])
@@ -53,6 +58,7 @@ def parse(argv) -> argparse.Namespace:
     add = parser.add_argument
     add("table", help="runs.jsonl or a CSV")
     add("--predict", type=float, action="append", default=[], metavar="FLOPS", help="a budget; may be given again")
+    add("--next", metavar="FLOPS|HOURSh", help="compute to spend on runs that make the last --predict surest")
     add("--law", default="chinchilla", choices=LAWS, help="the law that predicts, and that --fix and --start mean")
     add("--out", default=".", help="folder of law.json and report.html")
     add("--level", type=float, default=intervals.LEVEL, help="of the intervals")
@@ -78,14 +84,30 @@ def predictions(fits, runs, record: dict, budget: float, args) -> dict:
             args.law, f"it is not a law of N and D at once; take one of {', '.join(able) or 'none: see the refusals'}"))
     found = results.predict(able[args.law], runs, budget, level=args.level)
     found["loss_by_form"] = {name: results.best_loss(fit, runs, budget) for name, fit in able.items()}
-    chip = next(device for device in devices.TABLE if device.name == args.chip)
-    found["chip_hours"] = {"value": budget / (chip.flops * args.mfu) / 3600, "chip": chip.name, "mfu": args.mfu}
+    found["chip_hours"] = {"value": budget / per_hour(args), "chip": args.chip, "mfu": args.mfu}
     for dial, along in (("lr", "N"), ("batch", "D")):
         if law := record["approaches"].get(f"{dial}_along_{along}"):
             found[dial] = law["factor"] * found[along]["value"] ** law["exponent"]
     if "batch" in found:
         found["steps"] = found["D"]["value"] / found["batch"]
     return found
+
+
+def recommended(fits, runs, args) -> planner.Plan:
+    """Runs for the budget of --next, in FLOPs or chip-hours (100h), that leave the last --predict least in doubt."""
+    if not args.predict or args.law not in fits or not results.carries_allocation(fits[args.law].law):
+        raise ConfigError(f"--next={args.next} plans runs for a prediction: pass --predict, and a --law of N and D that "
+                          "the table carries")
+    try:
+        budget = float(args.next[:-1]) * per_hour(args) if args.next.endswith("h") else float(args.next)
+    except ValueError:
+        raise ConfigError(f"--next={args.next}: FLOPs as in 1e20, or chip-hours as in 100h") from None
+    return planner.plan(fits[args.law], runs, target=args.predict[-1], budget=budget)
+
+
+def per_hour(args) -> float:
+    """FLOPs of a chip-hour."""
+    return devices.DEVICES[args.chip].flops * args.mfu * 3600
 
 
 def show(console: Console, record: dict, law: str):
@@ -130,6 +152,18 @@ def show_prediction(console: Console, found: dict):
     console.print(f"  {'chip-hours':20} {hours['value']:<12.4g} of {hours['chip']} at {hours['mfu']:.0%} of its peak")
     others = ", ".join(f"{name} {loss:.4f}" for name, loss in found["loss_by_form"].items())
     console.print(f"  {'loss by other forms':20} {others}")
+
+
+def show_plan(console: Console, plan: planner.Plan):
+    shown = _shown(f"runs to make next: {plan.flops:.3g} FLOPs, after which the loss at {plan.target:.3g} is known to "
+                   f"±{_percent(plan.after)} (now ±{_percent(plan.before)}; the noise of a run is {_percent(plan.noise)})",
+                   "N", "D", "FLOPs each", "seeds")
+    for run, seeds in Counter((run.N, run.D, run.flops) for run in plan.runs).items():
+        shown.add_row(*(f"{value:.3g}" for value in run), f"{seeds}")
+    console.print(shown)
+    more = plan.next
+    console.print(f"one more, N {more.N:.3g} and D {more.D:.3g} for {more.flops:.3g} FLOPs, is worth "
+                  f"{100 * (plan.after - more.stderr):.3f} of a percent: ±{_percent(more.stderr)}")
 
 
 def _shown(title, first, *numbers) -> Shown:
