@@ -96,8 +96,8 @@ def predictions(fits, runs, record: dict, budget: float, args) -> dict:
 def recommended(fits, runs, args) -> planner.Plan:
     """Runs for the budget of --next, in FLOPs or chip-hours (100h), that leave the last --predict least in doubt."""
     if not args.predict or args.law not in fits or not results.carries_allocation(fits[args.law].law):
-        raise ConfigError(f"--next={args.next} plans runs for a prediction: pass --predict, and a --law of N and D that "
-                          "the table carries")
+        raise ConfigError(f"--next={args.next} plans runs for a prediction: pass --predict, and a --law of N and D "
+                          "that the table carries")
     try:
         budget = float(args.next[:-1]) * per_hour(args) if args.next.endswith("h") else float(args.next)
     except ValueError:
@@ -155,9 +155,9 @@ def show_prediction(console: Console, found: dict):
 
 
 def show_plan(console: Console, plan: planner.Plan):
-    shown = _shown(f"runs to make next: {plan.flops:.3g} FLOPs, after which the loss at {plan.target:.3g} is known to "
-                   f"±{_percent(plan.after)} (now ±{_percent(plan.before)}; the noise of a run is {_percent(plan.noise)})",
-                   "N", "D", "FLOPs each", "seeds")
+    title = (f"runs to make next: {plan.flops:.3g} FLOPs, after which the loss at {plan.target:.3g} is known to "
+             f"±{_percent(plan.after)} (now ±{_percent(plan.before)}; the noise of a run is {_percent(plan.noise)})")
+    shown = _shown(title, "N", "D", "FLOPs each", "seeds")
     for run, seeds in Counter((run.N, run.D, run.flops) for run in plan.runs).items():
         shown.add_row(*(f"{value:.3g}" for value in run), f"{seeds}")
     console.print(shown)
