@@ -115,6 +115,15 @@ def test_a_floor_that_the_data_do_not_carry_is_said():
     assert any("E touches 0" in line for line in said)
 
 
+def test_a_parameter_that_ran_off_to_where_it_says_nothing_is_not_identified(rng):
+    law, x = LAWS["data_constrained"], repeated()
+    loss = law.loss(TRUE | {"R_N": 1e16}, x) * np.exp(0.003 * rng.standard_normal(len(x["N"])))
+    found = fitting.fit(law, x, loss, start=TRUE | {"R_N": 1e16}, grid=False)
+    ends = intervals.profile(found, lambda p: p["R_N"])
+    assert ends == (0.0, math.inf)
+    assert any("R_N is not identified" in line for line in checks.warnings(found, {"R_N": ends}))
+
+
 def test_the_best_allocation_is_the_lowest_on_its_budget():
     for name in ("chinchilla", "overtrained", "kaplan", "kaplan_floor"):
         law = LAWS[name]

@@ -149,6 +149,13 @@ def test_intervals_of_approaches_1_and_2_hold_the_truth_as_often_as_they_say(app
     assert held >= 22  # a binomial of 30 at 0.9 is below once in 500 times
 
 
+def test_runs_between_two_budgets_do_not_make_one_of_them():
+    C = np.concatenate([np.full(7, 1e20), np.full(7, 2e20), 1e20 * 2 ** np.linspace(0.1, 0.9, 8)])
+    found = valleys.budgets(C)
+    assert len(set(found[:7])) == len(set(found[7:14])) == 1
+    assert found[0] == pytest.approx(1e20, rel=0.1) and found[7] == pytest.approx(2e20, rel=0.1)
+
+
 def test_a_best_learning_rate_and_its_law(rng):
     N = np.repeat(np.geomspace(1e6, 1e8, 4), 7)
     lr = 3.0 * N**-0.4 * np.tile(np.geomspace(0.2, 5, 7), 4)

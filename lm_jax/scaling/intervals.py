@@ -17,6 +17,7 @@ from lm_jax.scaling.fitting import Fit
 LEVEL = 0.95
 DRAWS = 1000
 PULL = 100.0  # of the search for a profile towards its target, in units of the quantity's own curvature
+FLAT = 1e-9  # of the steepest direction: one as flat moves no prediction
 FARTHEST = 16.0  # of log: a quantity that may be e^16 times larger is not bounded
 Quantity = Callable[[Mapping[str, float]], float]
 Interval = tuple[float, float]
@@ -71,9 +72,16 @@ class _Path:
         self.centre = float(self.log(fit.theta))
         slope, bread = self.slope(fit.theta), fit.bread()
         variance = slope @ bread @ fit.filling() @ bread @ slope
-        self.step = float(np.sqrt(variance))
+        self.step = float(np.sqrt(variance)) if self.felt(slope) else math.inf
         self.along = np.linalg.solve(self.basis, bread @ slope / (slope @ bread @ slope))  # the profile's tangent
         self.scale = 2 * slope @ bread @ slope / variance  # makes a rise chi-square (Ronchetti 1982; Huber's sandwich)
+
+    def felt(self, slope) -> bool:
+        """Whether predictions change with the quantity: not at the end of a parameter that ran off to where it says
+        nothing, of which no curvature is left, and so no width."""
+        J = self.problem.jacobian(self.theta)
+        carried = J.T @ np.linalg.lstsq(J.T, slope, rcond=FLAT)[0]
+        return bool(np.linalg.norm(slope - carried) < 1e-3 * np.linalg.norm(slope))
 
     def slope(self, theta):
         return fitting.complex_step(self.log, theta)

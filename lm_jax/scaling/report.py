@@ -1,12 +1,13 @@
 """report.html: one page, whole in itself, of what a study of runs found, how far it can be believed, and what not."""
 
+import re
 from html import escape
 from pathlib import Path
 
 from lm_jax import disk
 from lm_jax.scaling import subject as subjects
 from lm_jax.scaling.subject import Subject
-from lm_jax.scaling.words import between, say, scientific
+from lm_jax.scaling.words import between, number, say, scientific
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -31,6 +32,7 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 """
 BUDGET = {"N": "N, parameters", "D": "D, tokens", "tokens_per_param": "tokens a parameter", "loss": "loss"}
 BREAK = "\n("
+NUMERIC = re.compile(r"[+-]?\d|unknown|nothing|anything|$")
 DIALS = {"batch": "batch, tokens", "steps": "steps", "lr": "learning rate"}
 
 
@@ -166,18 +168,14 @@ def _origin(s: Subject) -> str:
         ["line", *columns, f"% above {s.law}"], rows) + "</details>")
 
 
-def _table(head, rows, *, drawn: str = "") -> str:
-    """Cells that begin with a digit, as numbers do, stand to the right; an interval has a line of its own."""
-    cell = lambda value: f'<td{_side(value)}>{escape(str(value)).replace(BREAK, "<br>(")}</td>'
-    lines = [f'<tr{" class=drawn" if row and row[0] == drawn and drawn else ""}>{"".join(map(cell, row))}</tr>'
-             for row in rows]
-    top = "".join(f"<th{_side(rows[0][i]) if rows else ''}>{escape(str(name))}</th>" for i, name in enumerate(head))
+def _table(head, rows, *, drawn: str | None = None) -> str:
+    """Columns of numbers stand to the right; an interval has a line of its own."""
+    sides = [' class="n"' if all(NUMERIC.match(str(row[i])) for row in rows) else "" for i in range(len(head))]
+    cell = lambda value, side: f'<td{side}>{escape(str(value)).replace(BREAK, "<br>(")}</td>'
+    lines = [f'<tr{" class=drawn" if row[0] == drawn else ""}>{"".join(map(cell, row, sides))}</tr>' for row in rows]
+    top = "".join(f"<th{side}>{escape(str(name))}</th>" for name, side in zip(head, sides))
     head = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
     return f'<div class="wide"><table>{head}<tbody>{"".join(lines)}</tbody></table></div>'
-
-
-def _side(value) -> str:
-    return ' class="n"' if str(value).lstrip("+-")[:1].isdigit() and len(str(value)) < 40 else ""
 
 
 def _warnings(lines) -> str:
@@ -185,7 +183,7 @@ def _warnings(lines) -> str:
 
 
 def _measured(found: dict, key: str) -> str:
-    form = (lambda value: say(key, value)) if key in ("N", "D") else "{:.4g}".format
+    form = (lambda value: say(key, value)) if key in ("N", "D") else number
     return f"{form(found['value'])} ({between(found['interval'], form)})"
 
 
@@ -203,14 +201,16 @@ def _value(found: dict, key: str) -> str:
     if value is None:
         return ""
     if key in found["fixed"]:
-        return f"{value:.4g} held"
+        return f"{number(value)} held"
     error = found["stderr"][key]
     error = "" if error is None else f" ± {float(f'{error:.2g}'):g}"
-    return f"{value:.4g}{error}{BREAK}{between(found['interval'][key])})"
+    return f"{number(value)}{error}{BREAK}{between(found['interval'][key])})"
 
 
 def _hours(found) -> str:
-    return f"{found['value']:.3g} of {found['chip']} at {found['mfu']:.0%} of its peak" if found else "unknown"
+    if not found:
+        return "unknown"
+    return f"{say('hours', found['value'])} of {found['chip']} at {found['mfu']:.0%} of its peak"
 
 
 def _range(name: str, column) -> str:

@@ -17,7 +17,7 @@ from lm_jax.scaling.checks import Refused
 from lm_jax.scaling.intervals import LEVEL, Interval
 from lm_jax.scaling.table import Table
 
-BUDGET = 0.1  # of log C: runs closer than this have the same budget
+BUDGET = 0.1  # of log C: runs this close to the middle of a budget are of it
 WINDOW = 7  # sizes of an envelope's slice, around its lowest
 DRAWS = 200
 SHARED = 0.75  # power of 1 - leverage where profiles share noise: HC2 (0.5) holds the truth too seldom, HC3 too often
@@ -134,13 +134,18 @@ def trace(at, x, loss, rng: np.random.Generator, *, method: str = "parabola", no
 
 
 def budgets(C) -> np.ndarray:
-    """C of each row's budget: rows in a chain of neighbours closer than BUDGET share their geometric mean."""
-    order = np.argsort(C)
-    groups = np.cumsum(np.diff(np.log(C[order]), prepend=np.log(C[order[0]])) > BUDGET)
-    shared = np.empty(len(C))
-    for group in np.unique(groups):
-        rows = order[groups == group]
-        shared[rows] = np.exp(np.log(C[rows]).mean())
+    """C of each row's budget: rows within BUDGET of a middle share their geometric mean, the most such rows first.
+
+    Joining every neighbour instead would make one of two budgets that have stray runs between them.
+    """
+    order, shared = np.argsort(C), np.empty(len(C))
+    while len(order):
+        logs = np.log(C[order])
+        ends = np.searchsorted(logs, logs + 2 * BUDGET, side="right")
+        first = int(np.argmax(ends - np.arange(len(logs))))
+        rows = slice(first, ends[first])
+        shared[order[rows]] = np.exp(logs[rows].mean())
+        order = np.delete(order, rows)
     return shared
 
 

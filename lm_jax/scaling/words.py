@@ -34,7 +34,12 @@ def scientific(value: float) -> str:
     return ("" if float(digits) == 1 else f"{float(digits):g}×") + f"10{raised}"
 
 
-def between(ends, say="{:.4g}".format) -> str:
+def number(value: float) -> str:
+    """Four digits that count: 22720, 0.5139, 1.994e+16."""
+    return f"{float(f'{value:.4g}'):g}"
+
+
+def between(ends, say=number) -> str:
     """An interval in words; records say infinity as it is or, in JSON, as nothing."""
     low, high = ends
     low = say(low) if low else "nothing"
