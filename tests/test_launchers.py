@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -167,8 +168,8 @@ def test_names_are_legal_and_long_ones_are_refused():
 
 def run_script(tmp_path, text, **env) -> subprocess.CompletedProcess:
     """A rendered script, where `train` writes its words to a file and ends as it is told."""
-    tools = {"train": 'printf "%s\\0" "$@" >words; exit "$END"', "srun": 'shift 2; "$@"',
-             "scontrol": 'echo "scontrol $*"'}
+    tools = {"train": 'printf "%s\\0" "$@" >words; while [ "$WAIT" ] && [ ! -e told ]; do sleep .1; done; exit "$END"',
+             "srun": 'shift 2; "$@"', "scontrol": 'echo "scontrol $*"', "scancel": 'echo "scancel $*"; touch told'}
     for tool, body in tools.items():
         (tmp_path / tool).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / tool).chmod(0o755)
@@ -193,11 +194,18 @@ def test_a_script_runs_the_command_of_its_number_to_the_letter(tmp_path, launche
 
 
 def test_slurm_puts_back_what_was_stopped_and_nothing_else(tmp_path):
+    env = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "17", "SLURM_JOB_ID": "17"}
     (text,) = render("slurm", home=str(tmp_path)).files.values()
-    env = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "17"}
     stopped, crashed = (run_script(tmp_path, text, END=code, **env) for code in ("75", "1"))
-    assert (stopped.returncode, "scontrol requeue 17" in stopped.stdout) == (75, True)
+    assert (stopped.returncode, "scontrol requeue 17_0\n" in stopped.stdout) == (75, True), "17 is the whole array"
     assert (crashed.returncode, "scontrol" in crashed.stdout) == (1, False)
+    (text,) = render("slurm", points=jobs(minutes=1 / 60), home=str(tmp_path)).files.values()
+    assert run_script(tmp_path, text, **env).returncode == 0
+    time.sleep(1.3)
+    assert not (tmp_path / "told").exists(), "one that ended in time was told to stop, and its next start would be"
+    late = run_script(tmp_path, text, END="75", WAIT="1", **env)
+    assert (late.returncode, "scontrol" in late.stdout) == (legal.LATE, False)
+    assert "scancel --signal=TERM 17_0\n" in late.stdout
 
 
 def test_slurm_asks_for_nodes_gpus_and_time():

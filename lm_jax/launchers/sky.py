@@ -64,9 +64,10 @@ def _task(jobs: Sequence[Job], name: str, topology: Topology, given: dict) -> di
 
 def _setup(extra: str) -> str:
     """Python 3.12 and the dependencies, once a machine."""
-    return "\n".join(["set -e", f'[ -x "{VENV}/bin/python" ] || {{ python3 -m pip install --quiet uv && python3 -m uv '
-                      f'venv --quiet --python 3.12 "{VENV}"; }}', f'python3 -m uv pip install --quiet --python '
-                      f'"{VENV}/bin/python" -c constraints.txt -e ".[{extra}]"', ""])
+    python = f"{VENV}/bin/python"
+    make = f'python3 -m pip install --quiet uv && python3 -m uv venv --quiet --python 3.12 "{VENV}"'
+    install = f'python3 -m uv pip install --quiet --python "{python}" -c constraints.txt -e ".[{extra}]"'
+    return f'set -e\n[ -x "{python}" ] || {{ {make}; }}\n{install}\n'
 
 
 def _run(jobs: Sequence[Job], count: int, *, activate: bool) -> str:
@@ -75,6 +76,7 @@ def _run(jobs: Sequence[Job], count: int, *, activate: bool) -> str:
     lines += [': "${SKYPILOT_JOB_RANK:?this SkyPilot does not number jobs: it is too old}"']
     lines += legal.choice(jobs, "SKYPILOT_JOB_RANK")
     if count > 1:
-        lines += [f'set -- "$@" --coordinator="$(head -n 1 <<< "$SKYPILOT_NODE_IPS"):{legal.PORT}" '
-                  '--processes="$SKYPILOT_NUM_NODES" --process="$SKYPILOT_NODE_RANK"']
+        first = f'"$(head -n 1 <<< "$SKYPILOT_NODE_IPS"):{legal.PORT}"'
+        told = f'--coordinator={first} --processes="$SKYPILOT_NUM_NODES" --process="$SKYPILOT_NODE_RANK"'
+        lines += [f'set -- "$@" {told}']
     return "\n".join([*lines, f'exec {" ".join(legal.TIMEOUT)} "$limit" "$@"', ""])

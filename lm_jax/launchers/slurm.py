@@ -2,7 +2,8 @@
 
 A point is an array task: srun starts one process a node, which has all GPUs of the task there, and lm_jax.hosts joins
 them by what srun says. Stopped and saved (75), by preemption or as the allocation's time runs out, the task is put
-back into the queue and goes on; other ends are its last. The script holds the commands, and Slurm keeps a copy of it:
+back into the queue and goes on; other ends are its last. Preempted without a GraceTime, it goes on from what it saved
+before. The script holds the commands, and Slurm keeps a copy of it:
 a later submission from the same folder cannot change what an earlier one runs.
 """
 
@@ -59,16 +60,18 @@ def _options(name: str, topology: Topology, given: dict) -> list[str]:
 
 
 def _script(jobs: Sequence[Job], given: dict) -> list[str]:
+    task = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'  # SLURM_JOB_ID is, of one of the tasks, the whole array's
     return [
         "",
-        "trap : TERM  # which srun's processes get too: this shell lives on, to put the point back into the queue",
+        "trap : TERM  # this shell lives on, to put the point back into the queue",
         f"cd -- {shlex.quote(os.path.abspath(given['home']))} || exit {legal.REFUSED}",
         *([given["setup"]] if given["setup"] else []),
         *legal.choice(jobs, "SLURM_ARRAY_TASK_ID"),
-        "# The time limit is srun's: Slurm signals every process that srun has started, and a second signal is one too",
-        "# many. The last process to save has so long after the first.",
-        f'{" ".join(legal.TIMEOUT)} "$limit" srun --kill-on-bad-exit=0 --wait={legal.GRACE} "$@"',
+        "# Late, the processes of srun are told to save: by Slurm, since srun itself would kill them.",
+        f'{{ [ "$limit" -gt 0 ] && sleep "$limit" >&- 2>&- && exec scancel --signal=TERM {task}; }} & timer=$!',
+        f'srun --kill-on-bad-exit=0 --wait={legal.GRACE} "$@"  # the last to save has so long after the first',
         "code=$?",
-        f'if [ "$code" -eq {legal.STOPPED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        f'kill "$timer" 2>/dev/null || [ "$limit" -eq 0 ] || [ "$code" -ne {legal.STOPPED} ] || code={legal.LATE}',
+        f'if [ "$code" -eq {legal.STOPPED} ]; then scontrol requeue {task}; fi',
         'exit "$code"',
     ]
