@@ -7,8 +7,15 @@ on where the last one ended, and runs what was added since; several at once shar
 default sweeps/<config name>) gets runs.jsonl, a record a point, which `python -m lm_jax.fit` reads, and points/<id>/,
 the folder of each run. Exit codes: 0 every point has a result, 1 some were given up (the same command tries them
 again), 2 the sweep cannot run, 74 no room on a disk, 75 stopped, what ran has saved.
+
+On a cluster the points are rendered for its own engine and submitted by its own command, which --dry_run only shows:
+
+    python -m lm_jax.sweep --config=configs/sweeps/chinchilla.py --launcher=jobset --topology=v5e-16 \\
+        --out=/bucket/chinchilla --settings='image=... bucket=...'
 """
 
+import shlex
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,7 +24,7 @@ from ml_collections import config_flags
 
 from lm_jax import config, errors
 from lm_jax.errors import ConfigError
-from lm_jax.launchers import slots
+from lm_jax.launchers import LAUNCHERS, slots, submit
 from lm_jax.launchers.local import Pool, outcome
 from lm_jax.preflight import topology
 from lm_jax.scaling import records, sweep, watch
@@ -25,56 +32,75 @@ from lm_jax.scaling import records, sweep, watch
 EXIT = {"ok": 0, "failed": 1, "full": 74, "stopped": 75}
 FLAGS = {
     "out": "the sweep's folder; default sweeps/<config name>",
-    "launcher": "where points run: local",
-    "jobs": "points at once on this machine; default one, or one for each accelerator",
-    "retries": "further attempts at a point that crashes; default 2",
+    "launcher": "where points run: local (default), or rendered and submitted: jobset (GKE), sky (SkyPilot), slurm",
+    "jobs": "local: points at once; default one, or one for each accelerator",
+    "retries": "local: further attempts at a point that crashes; default 2",
     "minutes": "time limit of an attempt at a point; default none",
     "topology": f"hardware that points must fit, and are priced for: {topology.FORMS}",
+    "settings": "of a cluster's launcher, with spaces between: 'image=... bucket=...'",
 }
+LIMITS = {"jobs": "0", "retries": "2", "minutes": "0"}
 
 
 def main(argv):
     jax.config.update("jax_platforms", "cpu")  # accelerators are for the points
     c, values = config.parse(argv, doc=__doc__, switches={"dry_run": "show the points and what they take, run nothing"},
                              **FLAGS)
-    if any(argument.startswith("--workdir") for argument in argv):
-        raise ConfigError("--workdir is of one run: the folder of a sweep is --out")
-    sweep.chosen(values.launcher or "local", LAUNCHERS, "--launcher")
-    limits = {name: number(values[name].value or default, f"--{name}") for name, default in LIMITS.items()}
+    launcher, limits = asked(argv, values)
     out = Path(values.out or f"sweeps/{c.name}")
-    path = config_flags.get_config_filename(values["config"])
-    points = sweep.points(path, values.config)
+    points = sweep.points(config_flags.get_config_filename(values["config"]), values.config)
     prices = sweep.Prices(topology.parse(values.topology)) if values.topology else None
-    console = rich.console.Console()
-
-    def say(line):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    jobs = sweep.jobs(points, argv, out, minutes=limits["minutes"])
-    asked = {point.id: point.overrides for point in points}
-    found, notes = records.rebuild(out, asked) if out.exists() else ({}, [])
-    states = {job.id: outcome(job) or found.get(job.id, {}).get("status") or "waiting" for job in jobs}
-    left = [job for job in jobs if states[job.id] not in records.ENDED]
     if prices:
         prices.refuse(points)
+    jobs = sweep.jobs(points, argv, out, minutes=limits["minutes"])
+    overrides = {point.id: point.overrides for point in points}
+    found, notes = records.rebuild(out, overrides) if out.exists() else ({}, [])
+    states = {job.id: outcome(job) or found.get(job.id, {}).get("status") or "waiting" for job in jobs}
+    left = [job for job in jobs if states[job.id] not in records.ENDED]
+    console = rich.console.Console()
     console.print(watch.plan(points, states, prices))
-    for line in (*notes, f"{len(left)} of {len(points)} points are to be run"):
-        say(line)
-    if values.dry_run:
+    say(console, *notes, f"{len(left)} of {len(points)} points are to be run")
+    if launcher != "local" and left:
+        rendered = LAUNCHERS[launcher](left, name=c.name, topology=prices.topology, settings=settings(values.settings))
+        submit(rendered, Path("sweeps", c.name, launcher), dry_run=values.dry_run)
+    if launcher != "local" or values.dry_run:
         return 0
     if left:
-        sweep.unchanged(points, found, say=say)
+        sweep.unchanged(points, found, say=partial(say, console))
     status = run_here(points, left, out, limits, console) if left else "ok"
-    found, _ = records.rebuild(out, asked)
-    say(closing(points, found, out, status, argv))
+    found, _ = records.rebuild(out, overrides)
+    say(console, closing(points, found, out, status, argv))
     return EXIT[status]
+
+
+def asked(argv, values) -> tuple[str, dict[str, float]]:
+    """The launcher, and the numbers among the flags; ConfigError for flags that cannot be, or would do nothing."""
+    if any(argument.startswith("--workdir") for argument in argv):
+        raise ConfigError("--workdir is of one run: the folder of a sweep is --out")
+    launcher = sweep.chosen(values.launcher or "local", ("local", *LAUNCHERS), "--launcher")
+    idle = ("settings",) if launcher == "local" else ("jobs", "retries")
+    for name in idle:
+        if values[name].value is not None:
+            raise ConfigError(f"--{name} does nothing with --launcher={launcher}: leave it out")
+    if launcher != "local" and not values.topology:
+        raise ConfigError(f"--launcher={launcher}: on which hardware? Pass --topology={topology.FORMS}")
+    return launcher, {name: number(values[name].value or default, f"--{name}") for name, default in LIMITS.items()}
+
+
+def settings(text: str | None) -> dict[str, str]:
+    """'key=value key=value' as a dict; a value with spaces is put in quotes, as in a shell."""
+    parts = shlex.split(text or "")
+    for part in parts:
+        if "=" not in part:
+            raise ConfigError(f"--settings={text}: {part!r} is not key=value")
+    return dict(part.split("=", 1) for part in parts)
 
 
 def run_here(points, jobs, out, limits, console) -> str:
     """Run jobs on this machine, and show how they do."""
     ids = {job.id for job in jobs}
     pool = Pool(jobs, out, slots.slots(int(limits["jobs"])), retries=int(limits["retries"]),
-                say=lambda line: console.print(line, markup=False, highlight=False))
+                say=partial(say, console))
     with watch.Watch([point for point in points if point.id in ids], out, console,
                      ended=lambda: records.rebuild(out, {})) as show:
         return pool.run(show)
@@ -105,8 +131,10 @@ def number(text: str, flag: str) -> float:
     return value
 
 
-LAUNCHERS = ("local",)
-LIMITS = {"jobs": "0", "retries": "2", "minutes": "0"}
+def say(console, *lines: str):
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
 
 if __name__ == "__main__":
     errors.run(main)

@@ -8,7 +8,7 @@ import pytest
 
 from lm_jax import config
 from lm_jax import sweep as program
-from lm_jax.config import ConfigError
+from lm_jax.errors import ConfigError, DataError
 from lm_jax.launchers.local import Pool
 from lm_jax.preflight import topology
 from lm_jax.scaling import records, sweep, table
@@ -157,6 +157,10 @@ def test_damaged_records_and_folders_that_are_gone_are_told_and_nothing_is_lost(
     assert found == before and [json.loads(line) for line in file.read_text().splitlines()] == list(found.values())
     assert any("line 3 of runs.jsonl was half-written" in note for note in notes)
     assert any(f"{gone.name} is gone; its record stays" in note for note in notes)
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(DataError, match="delete it; results stay"):
+        records.rebuild(tmp_path, {})
+    (tmp_path / "sweep.json").unlink()
     (tmp_path / "points/c/summary.json").write_text('{"status": "ok", "st')
     found, notes = records.rebuild(tmp_path, {})
     assert "c" not in found and any("points/c has a damaged record" in note for note in notes)
@@ -194,6 +198,23 @@ def test_flags_that_cannot_be_are_told_with_the_cure(tmp_path):
     written(tmp_path, "[{'seed': 0}]")
     run = lambda *flags: program.main(["sweep", f"--config={tmp_path / 'little.py'}", "--dry_run", *flags])
     for flag, said in (("--launcher=lokal", "did you mean 'local'"), ("--jobs=many", "--jobs=many: a number"),
-                       ("--workdir=x", "the folder of a sweep is --out"), ("--topology=v5e", "no number of chips")):
+                       ("--workdir=x", "the folder of a sweep is --out"), ("--topology=v5e", "no number of chips"),
+                       ("--launcher=slurm", "on which hardware"), ("--settings=image=x", "does nothing with --launcher=local")):
         with pytest.raises(ConfigError, match=said):
             run(flag)
+    with pytest.raises(ConfigError, match="'imagex' is not key=value"):
+        program.settings("imagex")
+    assert program.settings("a=1 b='c d' e=x,y=2") == {"a": "1", "b": "c d", "e": "x,y=2"}
+
+
+def test_a_cluster_gets_only_the_points_that_have_no_result(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path, "[{'seed': 0}, {'seed': 1}]")
+    done, todo = read(tmp_path, "[{'seed': 0}, {'seed': 1}]")[0]
+    leave(tmp_path / "out", done.id)
+    assert program.main(["sweep", f"--config={path}", f"--out={tmp_path / 'out'}", "--launcher=slurm",
+                         "--topology=h100-1", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    script = (tmp_path / "sweeps/little/slurm/little.sbatch").read_text()
+    assert "1 of 2 points are to be run" in said and "sbatch --array=0-0" in said
+    assert todo.id in script and done.id not in script and "--config.seed=1" in script

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from lm_jax import config, disk
+from lm_jax.errors import REFUSED, ConfigError, DataError
 from lm_jax.workdir import plain
 
 COOLED = 0.25  # of the peak: a run that ends at a higher rate still has loss to lose (Hägele et al. 2024)
@@ -27,7 +28,7 @@ def rebuild(out: Path, asked: dict[str, dict]) -> tuple[dict[str, dict], list[st
     Returns the records by name, and what must be told. Records are those of all plans that this folder has seen.
     """
     with _alone(out):
-        asked = (disk.read_json(out / "sweep.json") or {}) | asked
+        asked = _earlier(out / "sweep.json") | asked
         before, notes = _read(out / "runs.jsonl")
         found = {}
         for folder in sorted((out / "points").glob("*")):
@@ -121,6 +122,15 @@ def _read(path: Path) -> tuple[dict[str, dict], list[str]]:
     return found, notes
 
 
+def _earlier(path: Path) -> dict[str, dict]:
+    """What was asked for before."""
+    try:
+        return disk.read_json(path) or {}
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON ({error}): delete it; results stay, and points that are still in the "
+                        "config get their overrides again") from error
+
+
 def _write(path: Path, lines: list[str]):
     """A file whole, if it is not that already."""
     if not path.exists() or path.read_text("utf-8", "replace") != "".join(lines):
@@ -130,7 +140,12 @@ def _write(path: Path, lines: list[str]):
 @contextlib.contextmanager
 def _alone(out: Path):
     """One writer at a time; another waits."""
-    (out / "queue").mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "queue").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        raise ConfigError(f"--out={out} cannot be used: {error}. Pass a folder that takes files") from error
     with open(out / "queue" / "records.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
