@@ -1,9 +1,9 @@
 """Bytes that a training step needs on each device, from its types alone.
 
 The state is counted. What the forward pass keeps for the backward pass is asked of JAX: the step is traced, never run,
-and every residual of its gradient has a type with a layout, whatever the architecture, the kernels and the remat. What
-is alive for a moment only, "workspace", is a sum of its parts times a share that was fitted to the compiler's figures;
-docs/preflight.md holds the estimate against them.
+and every residual of its gradient has a type with a layout, whatever the architecture, the kernels and the remat. A step
+is fullest either in the backward pass of a layer or in that of the head; what each needs for a moment is estimated, and
+docs/preflight.md holds the whole against the TPU compiler's own peak.
 """
 
 import math
@@ -18,21 +18,26 @@ from lm_jax.models import flops
 from lm_jax.preflight import program
 from lm_jax.recipes.pretrain import row_lengths
 
-AT_ONCE = 0.55  # of what is alive for a moment, as the TPU compiler packs it: between 0.5 and 0.6 where it matters
+# Fitted to the TPU compiler's peaks of 1B to 70B models (docs/preflight.md).
+IN_FLIGHT = 1.5  # of a layer's weights and largest gradient: the next ones come while these are used
+WRITTEN = 0.35  # of what a layer computes again, the share that XLA writes out; the rest is fused into what reads it
 
 
 def estimate(config: Config, mesh) -> dict[str, int]:
     """Bytes a device by part, and their "total": the predicted peak of a step on `mesh`, abstract or of devices."""
-    step = program.abstract(config, mesh)
-    part = _microbatch(config)
+    step, part = program.abstract(config, mesh), _microbatch(config)
     weights = held(trainer.parameters(step.state.model))
+    own, outer = _layer(part, mesh, config.model.remat)
+    again = max(0, _layer(part, mesh, "none")[0] - own) * WRITTEN
+    cast = 0 if config.model.dtype == "float32" else weights // 2  # shards in bfloat16, made once for all layers
+    layer, head = _passing(part, mesh)
     sizes = {
         "weights": weights,
         "optimizer": held(step.state.opt),
         "batch": held(step.batch),
-        "gradients": weights * (3 if config.train.microbatches > 1 else 1),  # and a sum's old and new value
-        "activations": held(residuals(part, mesh)),
-        "workspace": _workspace(part, mesh, weights),
+        "gradients": weights * (2 if config.train.microbatches > 1 else 1),  # of the microbatch, and their sum
+        "activations": held(residuals(part, mesh)) - outer,  # of layers
+        "workspace": int(cast + max(layer + again, head + outer - weights)),  # at the head no gradients are there yet
     }
     return sizes | {"total": sum(sizes.values())}
 
@@ -56,11 +61,28 @@ def residuals(config: Config, mesh) -> list:
         return jax.eval_shape(kept, step.state.model, step.batch, step.key)
 
 
-def _workspace(config: Config, mesh, weights: int) -> int:
-    """Bytes that are alive for a moment: weights as products take them, a layer's backward pass, the head's.
+def held(tree) -> int:
+    """Bytes of arrays that one device holds."""
+    def local(a):
+        shape = a.shape if a.sharding is None else a.sharding.shard_shape(a.shape)
+        return math.prod(shape) * a.dtype.itemsize
+    return sum(local(a) for a in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key))
 
-    A product casts its weight, brings it together from the rows' devices, and leaves its gradient in float32 before that
-    is scattered; a layer computes again what remat did not keep; a chunk of logits has its gradient beside it.
+
+def _layer(config: Config, mesh, remat: str) -> tuple[int, int]:
+    """Bytes that a layer (of each stack) keeps for the backward pass, and those that are kept besides layers."""
+    def kept(depth):
+        model = replace(config.model, depth=depth, encoder_depth=min(depth, config.model.encoder_depth), remat=remat)
+        return held(residuals(replace(config, model=model), mesh))
+    own = max(0, kept(2) - kept(1))
+    return own, max(0, kept(1) - own)
+
+
+def _passing(config: Config, mesh) -> tuple[int, int]:
+    """Bytes for a moment in the backward pass of a layer, and in that of the head, besides what is computed again.
+
+    Weights as a product takes them, brought together from the tokens' devices; one gradient in float32 before it is
+    scattered; a part of the logits. (Logits made in one part are kept, and so are among the residuals.)
     """
     cfg, (tokens, _) = config.model, row_lengths(config)
     item = jnp.dtype(cfg.dtype).itemsize
@@ -69,32 +91,14 @@ def _workspace(config: Config, mesh, weights: int) -> int:
         tables = [_together(w, mesh) for w in flops.weights(cfg) if "V" in w.kind.letters and "D" in w.kind.letters]
         logits = parallel.local_size("BTV", (config.train.batch, tokens, cfg.vocab))
         parts = losses.parts_of(config.train.batch, tokens, cfg.vocab)
-        cast = 0 if item == 4 else item * weights // 4
-    layer = item * sum(layered) + 4 * max(layered) + (_layer(config, mesh, "none") - _layer(config, mesh, cfg.remat)) / 2
-    head = ((item + 4) * max(tables) + 2 * 4 * logits) / parts
-    return int(cast + AT_ONCE * (layer + head))
-
-
-def _layer(config: Config, mesh, remat: str) -> int:
-    """Bytes that one more layer (of each stack) keeps for the backward pass."""
-    def kept(depth):
-        model = replace(config.model, depth=depth, encoder_depth=min(depth, config.model.encoder_depth), remat=remat)
-        return held(residuals(replace(config, model=model), mesh))
-    return max(0, kept(2) - kept(1))
+    layer = IN_FLIGHT * (item * sum(layered) + 4 * max(layered))
+    return int(layer), ((item + 4) * max(tables) + (4 * logits if parts > 1 else 0)) // parts
 
 
 def _microbatch(config: Config) -> Config:
     """The config with one microbatch as its batch."""
     t = config.train
     return replace(config, train=replace(t, batch=t.batch // t.microbatches, microbatches=1))
-
-
-def held(tree) -> int:
-    """Bytes of arrays that one device holds."""
-    def local(a):
-        shape = a.shape if a.sharding is None else a.sharding.shard_shape(a.shape)
-        return math.prod(shape) * a.dtype.itemsize
-    return sum(local(a) for a in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key))
 
 
 def _together(w: flops.Weight, mesh) -> int:
