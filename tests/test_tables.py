@@ -149,6 +149,15 @@ def test_intervals_of_approaches_1_and_2_hold_the_truth_as_often_as_they_say(app
     assert held >= 22  # a binomial of 30 at 0.9 is below once in 500 times
 
 
+def test_valleys_are_of_runs_that_do_not_repeat_their_data(rng):
+    runs = isoflop(rng, 0.001)
+    mixed = {name: np.tile(runs[name], 2) for name in ("N", "D", "C")}
+    loss = np.concatenate([runs.loss, runs.loss + 0.2 * (runs["D"] / 1e10) ** 0.3])
+    U = np.concatenate([runs["D"], runs["D"] / 20])
+    both = table.from_rows(rows(mixed, loss, U=U, run=np.arange(len(loss))))
+    assert valleys.isoflop(both, rng, draws=5).valleys == valleys.isoflop(runs, rng, draws=5).valleys
+
+
 def test_runs_between_two_budgets_do_not_make_one_of_them():
     C = np.concatenate([np.full(7, 1e20), np.full(7, 2e20), 1e20 * 2 ** np.linspace(0.1, 0.9, 8)])
     found = valleys.budgets(C)

@@ -96,7 +96,7 @@ def slices(s: Subject):
 
 def residuals(s: Subject):
     """What the law misses, along everything that it knows."""
-    columns = [column for column in ("N", "D", "C") if column in s.fit.law.reads or column == "C"]
+    columns = list(dict.fromkeys((*s.fit.law.reads, "C")))[:3]
     figure, grid = style.panels(len(columns), share=True, height=4.0)
     percent = 100 * np.expm1(s.fit.residuals)
     for axes, column in zip(grid, columns):

@@ -89,17 +89,18 @@ def _valleys(s, dial: str, records: dict, title: str):
     found = s.record["approaches"][records[along]]
     figure, (left, right) = style.panels(2)
     shades = style.shades([valley["at"] for valley in found["valleys"]])
-    at = valleys.budgets(s.ends["C"]) if along == "C" else s.ends[along]
+    ends = valleys.fresh(s.ends) if along == "C" else s.ends
+    at = valleys.budgets(ends["C"]) if along == "C" else ends[along]
     losses = []
     for valley in found["valleys"]:
         rows = np.flatnonzero(np.isclose(at, valley["at"], rtol=1e-9))
-        x, colour = s.ends[dial][rows], style.ORDERED(shades(valley["at"]))
+        x, colour = ends[dial][rows], style.ORDERED(shades(valley["at"]))
         fine = np.geomspace(x.min(), x.max(), 100)
-        curve = np.polynomial.Polynomial.fit(np.log(x), s.ends.loss[rows], 2)(np.log(fine))
-        left.plot(x, s.ends.loss[rows], "o", color=colour, markersize=4)
+        curve = np.polynomial.Polynomial.fit(np.log(x), ends.loss[rows], 2)(np.log(fine))
+        left.plot(x, ends.loss[rows], "o", color=colour, markersize=4)
         left.plot(fine, curve, color=colour, linewidth=1.3)
         left.plot(valley["best"], valley["loss"], **style.MARK, zorder=4)
-        losses += [s.ends.loss[rows], [valley["loss"]]]
+        losses += [ends.loss[rows], [valley["loss"]]]
     style.log_axis(left.xaxis, dial, s.ends)
     style.loss_axis(left, s.ends, losses)
     style.colour_bar(figure, left, shades, along, s.ends)

@@ -57,6 +57,7 @@ class Trace:
 
 def isoflop(table: Table, rng: np.random.Generator, *, method: str = "parabola", draws: int = DRAWS) -> Trace:
     """Best N along C, of a table whose runs share budgets. Refused where fewer than two budgets have a valley."""
+    table = fresh(table)
     return trace(budgets(table["C"]), table["N"], table.loss, rng, method=method, draws=draws)
 
 
@@ -131,6 +132,14 @@ def trace(at, x, loss, rng: np.random.Generator, *, method: str = "parabola", no
     if len(found) < draws:
         raise Refused(f"minima are lost in the noise: {len(found)} of {20 * draws} tables with new noise had them all")
     return Trace(math.exp(level), float(exponent), tuple(valleys), tuple(refused), method, freedom, np.array(found))
+
+
+def fresh(table: Table) -> Table:
+    """Runs that do not repeat their data, which those that do lie above, and the more the smaller they are."""
+    once = table["D"] <= 1.01 * table["U"] if "U" in table else np.ones(len(table), bool)
+    if not once.any():
+        raise Refused("every run repeats its data: the lowest of a budget says what suits these data, not the budget")
+    return table.take(once)
 
 
 def budgets(C) -> np.ndarray:
