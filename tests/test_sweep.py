@@ -1,17 +1,19 @@
 """Sweeps: points checked and named before they run, run once, and recorded from what they left."""
 
 import copy
+import io
 import json
 
 import numpy as np
 import pytest
+import rich.console
 
 from lm_jax import config
 from lm_jax import sweep as program
 from lm_jax.errors import ConfigError, DataError
 from lm_jax.launchers.local import Pool
 from lm_jax.preflight import topology
-from lm_jax.scaling import records, sweep, table
+from lm_jax.scaling import records, sweep, table, watch
 
 CONFIG = """
 from lm_jax import config
@@ -194,12 +196,30 @@ def test_a_sweep_runs_its_points_once_and_later_only_what_was_added(tmp_path, ca
         run()
 
 
+def test_a_terminal_sees_what_runs_what_it_came_to_and_how_much_is_done(tmp_path):
+    points, _ = read(tmp_path, "[{'seed': 0}, {'seed': 1}, {'seed': 2, 'train.steps': 12}]")
+    leave(tmp_path, points[0].id)
+    (tmp_path / "points" / points[1].id).mkdir()
+    (tmp_path / "points" / points[1].id / "metrics.jsonl").write_text('{"step": 4, "loss": 2.5}\n{"step": 5, "lo')
+    console, ended = rich.console.Console(file=io.StringIO(), force_terminal=True, width=100), []
+    pool = Pool([], tmp_path, [])
+    with watch.Watch(points, tmp_path, console, ended=lambda: ended.append(1)) as show:
+        for states in (("running", "waiting", "waiting"), ("ok", "running", "waiting")):
+            pool.states = {point.id: state for point, state in zip(points, states)}
+            show(pool)
+    said = console.file.getvalue()
+    for expected in ("loss 3.0000 ± 0.1000", "step 4 of 6 · loss 2.500", "1 of 3 points", "25% of"):
+        assert expected in said, said
+    assert ended == [1], "records are made anew when a point ends"
+
+
 def test_flags_that_cannot_be_are_told_with_the_cure(tmp_path):
     written(tmp_path, "[{'seed': 0}]")
     run = lambda *flags: program.main(["sweep", f"--config={tmp_path / 'little.py'}", "--dry_run", *flags])
     for flag, said in (("--launcher=lokal", "did you mean 'local'"), ("--jobs=many", "--jobs=many: a number"),
                        ("--workdir=x", "the folder of a sweep is --out"), ("--topology=v5e", "no number of chips"),
-                       ("--launcher=slurm", "on which hardware"), ("--settings=image=x", "does nothing with --launcher=local")):
+                       ("--launcher=slurm", "on which hardware"),
+                       ("--settings=image=x", "does nothing with --launcher=local")):
         with pytest.raises(ConfigError, match=said):
             run(flag)
     with pytest.raises(ConfigError, match="'imagex' is not key=value"):

@@ -77,9 +77,7 @@ class Watch:
         self.bar = Progress(TextColumn("{task.fields[counts]}"), BarColumn(bar_width=24),
                             TextColumn("{task.percentage:.0f}% of {task.fields[flops]} FLOPs{task.fields[left]}"))
         self.task = self.bar.add_task("", total=1.0, counts="", flops=f"{sum(self.flops.values()):.3g}", left="")
-        self.live = Live(console=console, refresh_per_second=2, get_renderable=lambda: self.page) \
-            if console.is_terminal else None
-        self.page = Group("")
+        self.live = Live(console=console, refresh_per_second=2) if console.is_terminal else None
 
     def __enter__(self):
         if self.live:
@@ -101,7 +99,7 @@ class Watch:
             self.before = self._done()
         if self.live and (changed or time.monotonic() > self.shown + 1):
             self.shown = time.monotonic()
-            self.page = self._page()
+            self.live.update(self._page())
         for name in over if not self.live else ():
             self.console.print(f"{name} {self.states[name]}{self._result(name)} · {self._counts()}", highlight=False)
 
@@ -153,4 +151,4 @@ class Watch:
 
 def _duration(seconds: float) -> str:
     minutes = int(seconds / 60 + 0.5)
-    return f"{minutes // 60} h {minutes % 60:02d}" if minutes >= 60 else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d}" if minutes >= 60 else f"{minutes} min" if minutes else "under 1 min"
