@@ -20,7 +20,7 @@ from lm_jax.recipes.pretrain import row_lengths
 
 # Fitted to the TPU compiler's peaks of 1B to 70B models (docs/preflight.md).
 IN_FLIGHT = 1.5  # of a layer's weights and largest gradient: the next ones come while these are used
-WRITTEN = 0.35  # of what a layer computes again, the share that XLA writes out; the rest is fused into what reads it
+WRITTEN = 0.45  # of what a layer computes again, the share that XLA writes out; the rest is fused into what reads it
 
 
 def estimate(config: Config, mesh) -> dict[str, int]:
