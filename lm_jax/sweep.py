@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from lm_jax import config, errors
 from lm_jax.errors import ConfigError
 from lm_jax.launchers import LAUNCHERS, slots, submit
-from lm_jax.launchers.local import Pool, outcome
+from lm_jax.launchers.local import Pool
 from lm_jax.preflight import topology
 from lm_jax.scaling import records, sweep, watch
 
@@ -55,7 +55,7 @@ def main(argv):
     jobs = sweep.jobs(points, argv, out, minutes=limits["minutes"])
     overrides = {point.id: point.overrides for point in points}
     found, notes = records.rebuild(out, overrides) if out.exists() else ({}, [])
-    states = {job.id: outcome(job) or found.get(job.id, {}).get("status") or "waiting" for job in jobs}
+    states = {job.id: job.outcome() or found.get(job.id, {}).get("status") or "waiting" for job in jobs}
     left = [job for job in jobs if states[job.id] not in records.ENDED]
     console = rich.console.Console()
     console.print(watch.plan(points, states, prices))

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from lm_jax.errors import ConfigError
-from lm_jax.launchers import local, slots
+from lm_jax.launchers import slots
 from lm_jax.launchers.job import Job
 from lm_jax.launchers.local import Pool
 from lm_jax.launchers.slots import Slot
@@ -37,7 +37,8 @@ import pathlib, sys
 sys.path.insert(0, sys.argv[1])
 from test_local import jobs, pool
 out = pathlib.Path(sys.argv[2])
-print(pool(out, jobs(out, eval(sys.argv[3])), at_once=int(sys.argv[4])).run(), flush=True)
+todo = jobs(out, eval(sys.argv[3]), minutes=float(sys.argv[5]))
+print(pool(out, todo, at_once=int(sys.argv[4])).run(), flush=True)
 """
 
 
@@ -56,11 +57,11 @@ def pool(out, todo, at_once=1, **more):
     return Pool(todo, out, [Slot((f"cpu{i}",)) for i in range(at_once)], poll=0.02, **more)
 
 
-def other(out, points: dict, at_once=1):
+def other(out, points: dict, at_once=1, minutes=0.0):
     """A pool in a process of its own."""
     here = os.path.dirname(__file__)
-    return subprocess.Popen([sys.executable, "-c", POOL, here, str(out), repr(points), str(at_once)], text=True,
-                            stdout=subprocess.PIPE, cwd=os.path.dirname(here))
+    argv = [sys.executable, "-c", POOL, here, str(out), repr(points), str(at_once), str(minutes)]
+    return subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, cwd=os.path.dirname(here))
 
 
 def began(out, name) -> list[str]:
@@ -150,19 +151,37 @@ def test_what_died_with_the_pool_is_run_again(tmp_path):
     assert len(began(tmp_path, "a")) == 2
 
 
-def test_a_point_that_outlived_its_pool_and_its_time_is_stopped(tmp_path, monkeypatch):
-    points = {"a": ("ok", 60)}
-    with_limit = jobs(tmp_path, points, minutes=0.5 / 60)
-    first = pool(tmp_path, with_limit)
-    first._fill()  # and is never seen again
-    orphan = first.running["a"].process
-    for lock in first.running["a"].locks:
-        lock.close()
-    monkeypatch.setattr(local, "GRACE", 0.2)
-    second = pool(tmp_path, with_limit, retries=0, say=lambda line: None)
-    second.states["a"] = "elsewhere"
-    until(lambda: second._step() and orphan.poll() is not None)
-    assert orphan.returncode == -signal.SIGKILL
+def orphaned(out, points, minutes=0.0):
+    """A pool's successor, while a point of the first, which was killed, still runs; and that point's process."""
+    first = other(out, points, minutes=minutes)
+    until(lambda: began(out, "a"))
+    first.kill()
+    first.communicate()
+    (line,) = began(out, "a")
+    return pool(out, jobs(out, points, minutes=minutes), retries=0, say=lambda line: None), int(line.split()[0])
+
+
+def ended(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_a_point_that_outlived_its_pool_and_its_time_is_stopped(tmp_path):
+    second, process = orphaned(tmp_path, {"a": ("ok", 60)}, minutes=0.5 / 60)
+    until(lambda: not second._step())
+    assert ended(process) and second.states == {"a": "failed"}
+    assert "saved" in (tmp_path / "points/a/log.txt").read_text()
+
+
+def test_a_pool_that_is_stopped_stops_the_points_of_one_that_was_killed(tmp_path):
+    second, process = orphaned(tmp_path, {"a": ("ok", 60), "b": ("ok", 60)})
+    until(lambda: second._step() and second.states["a"] == "elsewhere")
+    second._stop([signal.SIGINT])
+    until(lambda: ended(process))
+    assert (tmp_path / "points/a/log.txt").read_text().strip() == "saved"
 
 
 def test_two_pools_share_one_sweep(tmp_path):

@@ -208,7 +208,7 @@ def test_a_terminal_sees_what_runs_what_it_came_to_and_how_much_is_done(tmp_path
             pool.states = {point.id: state for point, state in zip(points, states)}
             show(pool)
     said = console.file.getvalue()
-    for expected in ("loss 3.0000 ± 0.1000", "step 4 of 6 · loss 2.500", "1 of 3 points", "25% of"):
+    for expected in ("loss 3.0000 ± 0.1000", "step 4 of 6 · loss 2.500", "1 of 3 points", "42% of"):
         assert expected in said, said
     assert ended == [1], "records are made anew when a point ends"
 

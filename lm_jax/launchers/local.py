@@ -5,8 +5,9 @@
 
 The locks are the queue. They belong to the point's own process too, which inherits them: a pool that is killed -9
 leaves its points running and locked, and a second pool on the same folder, there already or started afterwards, takes
-what is free, waits for what still runs, and starts again what died. So two pools also share one sweep, of two machines
-where their disk is shared and knows flock. A point is finished when its result is there, and by nothing else.
+what is free, starts again what died, and looks after what still runs: waits for it, and stops it where the first would
+have. So two pools also share one sweep, of two machines where their disk is shared and knows flock. A point is finished
+when its result is there, and by nothing else.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from lm_jax.launchers.slots import Slot
 
 FINAL = {2: "its config cannot run", 77: "its data are damaged", 79: "none of its checkpoints is intact"}
 FULL, STOPPED = 74, 75  # exit codes of a run that wants room, and of one that was stopped and has saved
+FAILURE = "failure.json"  # says why a point was given up
 GRACE = 300.0  # seconds that a point may take to save before it is killed
 HOST = socket.gethostname()
 
@@ -45,8 +47,7 @@ class Running:
     def stop(self, number: int):
         """A signal to all processes of the point."""
         self.told = self.told or time.time()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+        _signal(self.process.pid, number)
 
 
 @dataclass
@@ -68,7 +69,8 @@ class Pool:
         self.begun = time.time()
         self.tries = {job.id: 0 for job in self.jobs}
         self.running: dict[str, Running] = {}
-        self.states = {job.id: outcome(job) or "waiting" for job in self.jobs}
+        self.told: set[str] = set()  # orphans
+        self.states = {job.id: job.outcome() or "waiting" for job in self.jobs}
 
     def run(self, watch: Callable[["Pool"], None] = lambda pool: None) -> str:
         """Work; `watch(pool)` is called a few times a second. Returns "ok" (each point has a result), "failed",
@@ -89,7 +91,7 @@ class Pool:
         for run in list(self.running.values()):
             self._tend(run)
         for job in self.jobs:
-            if self.states[job.id] == "elsewhere":
+            if self.states[job.id] in ("waiting", "elsewhere"):
                 self._look(job)
         if not self.full:
             self._fill()
@@ -115,15 +117,15 @@ class Pool:
             _free(held or [])
 
     def _start(self, job: Job, slot: Slot, locks: list):
-        folder = Path(job.result).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "failure.json").unlink(missing_ok=True)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / FAILURE).unlink(missing_ok=True)
         argv = [sys.executable if job.argv[0] == "python" else job.argv[0], *job.argv[1:]]
-        with open(folder / "log.txt", "a") as log:
+        with open(job.folder / "log.txt", "a") as log:
             process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                                        env=os.environ | slot.env, pass_fds=[lock.fileno() for lock in locks])
         deadline = time.time() + 60 * job.minutes if job.minutes else float("inf")
-        locks[0].write(json.dumps({"host": HOST, "pid": process.pid, "deadline": job.minutes and deadline}))
+        locks[0].write(json.dumps({"host": HOST, "pid": process.pid, "pool": os.getpid(),
+                                   "deadline": job.minutes and deadline}))
         locks[0].flush()
         self.running[job.id] = Running(job, process, locks, deadline)
         self.states[job.id] = "running"
@@ -145,49 +147,63 @@ class Pool:
 
     def _settle(self, job: Job, code: int, *, late: bool):
         """What becomes of a point whose process has ended."""
-        self.states[job.id] = outcome(job) or "waiting"
+        self.states[job.id] = job.outcome() or "waiting"
         if self.states[job.id] != "waiting" or (code == STOPPED and not late):
             return
         if code == FULL:
             self.full = True
-            self.say(f"{job.id}: {_last_line(job)}")
+            self.say(f"{job.id}: {job.last_line()}")
             return
+        self._again(job, code, f"over {job.minutes:g} minutes" if late else FINAL.get(code, f"exit code {code}"))
+
+    def _again(self, job: Job, code: int, why: str):
+        """Try once more a point that has no result, or give it up."""
         self.tries[job.id] += 1
-        why = f"over {job.minutes:g} minutes" if late else FINAL.get(code, f"exit code {code}")
-        if code in FINAL or self.tries[job.id] > self.retries:
-            self.states[job.id] = "failed"
-            disk.replace(_failure(job), [json.dumps({"code": code, "tries": self.tries[job.id], "why": why,
-                                                     "last_line": _last_line(job)}, indent=2), "\n"])
-            self.say(f"{job.id} failed, {why}, and is given up after {self.tries[job.id]} attempts: {_last_line(job)}")
-        else:
+        if code not in FINAL and self.tries[job.id] <= self.retries:
             self.say(f"{job.id} ended with {why}: attempt {self.tries[job.id] + 1} of {self.retries + 1}")
+            return
+        self.states[job.id], last = "failed", job.last_line()
+        failure = {"code": code, "tries": self.tries[job.id], "why": why, "last_line": last}
+        disk.replace(job.folder / FAILURE, [json.dumps(failure, indent=2), "\n"])
+        self.say(f"{job.id} failed, {why}, and is given up after {self.tries[job.id]} attempts: {last}")
 
     def _look(self, job: Job):
-        """See what became of a point that another pool had."""
+        """See whether another pool has a point, or had it and it ended or died; if no pool looks after it, do."""
         if found := self._found(job):
             self.states[job.id] = found
-        elif own := self._lock(job.id):  # free: it ended, or died
-            _free(own)
+        elif own := self._lock(job.id):
             self.states[job.id] = "waiting"
+            if job.id in self.told:
+                self.told.remove(job.id)
+                self._again(job, 0, f"over {job.minutes:g} minutes")
+            _free(own)
         else:
-            self._overdue(job)
+            self.states[job.id] = "elsewhere"
+            if (holder := self._orphan(job)) and 0 < holder["deadline"] < time.time():
+                self._end(job, holder)
 
     def _found(self, job: Job) -> str | None:
         """How a point has ended: by its result, or given up by a pool since this one began."""
-        if _failure(job).exists() and _failure(job).stat().st_mtime > self.begun:
+        if (file := job.folder / FAILURE).exists() and file.stat().st_mtime > self.begun:
             return "failed"
-        return outcome(job)
+        return job.outcome()
 
-    def _overdue(self, job: Job):
-        """Stop a point over its limit whose pool is no longer there to do it."""
+    def _end(self, job: Job, holder: dict):
+        """Stop a point that has outlived its pool and its time."""
+        if job.id not in self.told:
+            self.told.add(job.id)
+            self.say(f"{job.id} is over its limit of {job.minutes:g} minutes: stopped")
+            _signal(holder["pid"], signal.SIGTERM)
+        elif holder["deadline"] < time.time() - GRACE:
+            _signal(holder["pid"], signal.SIGKILL)
+
+    def _orphan(self, job: Job) -> dict | None:
+        """Who holds a point's lock, if that is a process of this machine whose pool is no more."""
         try:
             holder = disk.read_json(self.out / "queue" / f"{job.id}.lock")
         except ValueError:  # of one who has only just taken it
-            return
-        if holder["host"] == HOST and 0 < holder["deadline"] < time.time() - GRACE:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(holder["pid"], signal.SIGKILL)
-            self.tries[job.id] += 1
+            return None
+        return holder if holder["host"] == HOST and not _lives(holder["pool"]) else None
 
     def _lock(self, *names: str) -> list | None:
         """The files of these names, each locked; None, and nothing locked, if another process has one."""
@@ -204,15 +220,18 @@ class Pool:
         return files
 
     def _stop(self, seen: list):
-        """Have all points save and end; a signal more, or too long a wait, and they are killed."""
+        """Have all points save and end, orphans too; a signal more, or too long a wait, and they are killed."""
         for run in self.running.values():
             run.stop(signal.SIGTERM)
+        for job in self.jobs:
+            if self.states[job.id] == "elsewhere" and (holder := self._orphan(job)):
+                _signal(holder["pid"], signal.SIGTERM)
         while self.running:
             for run in list(self.running.values()):
                 if len(seen) > 1:
                     run.stop(signal.SIGKILL)
                 if run.process.poll() is not None:
-                    self.states[run.job.id] = outcome(run.job) or "waiting"
+                    self.states[run.job.id] = run.job.outcome() or "waiting"
                     _free(run.locks)
                     del self.running[run.job.id]
                 elif time.time() > run.told + GRACE:
@@ -220,28 +239,20 @@ class Pool:
             time.sleep(0.05)
 
 
-def outcome(job: Job) -> str | None:
-    """"ok" or "diverged" where a job has its result; None where it has none, or one that says it was stopped."""
+def _signal(group: int, number: int):
+    """A signal to all processes of a group, if there are any left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+def _lives(process: int) -> bool:
     try:
-        status = (disk.read_json(Path(job.result)) or {}).get("status")
-    except (ValueError, AttributeError):
-        return None  # damaged: running the point again goes on from its last checkpoint and writes it anew
-    return status if status in ("ok", "diverged") else None
-
-
-def _failure(job: Job) -> Path:
-    return Path(job.result).with_name("failure.json")
-
-
-def _last_line(job: Job) -> str:
-    """What a point said last, which for an error is what was wrong."""
-    try:
-        with open(Path(job.result).with_name("log.txt"), "rb") as log:
-            log.seek(max(0, os.path.getsize(log.name) - 4096))
-            lines = log.read().decode(errors="replace").split("\n")
-    except FileNotFoundError:
-        return "it printed nothing"
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it printed nothing")
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _free(locks: list):

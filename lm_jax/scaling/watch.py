@@ -106,13 +106,16 @@ class Watch:
     def _page(self) -> Group:
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
         running = [name for name, state in self.states.items() if state in ("running", "elsewhere")]
+        at = {name: place for name in running if (place := self._place(name))}
         for name in (running + self.last)[:ROWS]:
-            state = self.states[name]
-            said = self._step(name) if state in ("running", "elsewhere") else self._result(name)
-            point = self.points[name]
-            table.add_row(name, shape(point), f"{_amount(point.tokens)} tokens", varies(point),
-                          Text(state, STYLES.get(state, "")), said)
-        done, here = self._done(), time.monotonic() - self.begun
+            state, point = self.states[name], self.points[name]
+            said = self._result(name) if state in OVER else "starts" if name not in at else \
+                f"step {at[name][0]:,} of {point.config.train.steps:,} · loss {at[name][1]:.3f}"
+            table.add_row(name, shape(point), f"{_amount(point.tokens)} tokens", f"lr {point.config.optim.lr:.3g}",
+                          varies(point), Text(state, STYLES.get(state, "")), said)
+        done = self._done() + sum(self.flops[name] * step / self.points[name].config.train.steps
+                                  for name, (step, _) in at.items()) / sum(self.flops.values())
+        here = time.monotonic() - self.begun
         gone = done - self.before
         left = f", {_duration(here / gone * (1 - done))} left" if gone > 0.01 else ""
         self.bar.update(self.task, completed=done, counts=self._counts(), left=left)
@@ -128,18 +131,16 @@ class Watch:
         return sum(self.flops[name] for name, state in self.states.items() if state in OVER
                    ) / sum(self.flops.values())
 
-    def _step(self, name: str) -> str:
-        """Where a running point is, from the end of its metrics."""
+    def _place(self, name: str) -> tuple[int, float] | None:
+        """Step and loss of a running point, from the end of its metrics."""
         path = self.out / "points" / name / "metrics.jsonl"
         try:
             with open(path, "rb") as file:
                 file.seek(max(0, os.path.getsize(path) - 4096))
                 rows = [json.loads(line) for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
-            row = next(row for row in reversed(rows) if "loss" in row)
+            return next((row["step"], row["loss"] or float("nan")) for row in reversed(rows) if "loss" in row)
         except (OSError, ValueError, StopIteration):
-            return "starts"
-        steps = self.points[name].config.train.steps
-        return f"step {row['step']:,} of {steps:,} · loss {row['loss'] or float('nan'):.3f}"
+            return None
 
     def _result(self, name: str) -> str:
         try:
