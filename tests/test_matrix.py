@@ -36,30 +36,37 @@ CASES = [(family, mesh) for mesh in MESHES for family in FAMILIES if "expert" no
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """Where checkpoints made on one device are."""
-    return tmp_path_factory.mktemp("alone")
+def newest():
+    """Family -> folder of the checkpoint that was saved last, on whatever mesh: the chain in which the matrix goes on."""
+    return {}
 
 
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("family, mesh", CASES)
-def test_a_step_is_the_same_on_every_mesh_and_goes_on_on_any_other(family, mesh, parts, tmp_path, kept):
-    """Step 1 on the mesh, saved there and gone on on one device; step 1 on one device, gone on on the mesh."""
-    alone, expected = single(family), [single(family).first, single(family).second]
-    if not (kept / family).exists():
-        saved(kept / family, expected[0][0])
+def test_a_step_is_the_same_on_every_mesh_and_goes_on_on_any_other(family, mesh, parts, tmp_path, newest):
+    """Step 1 here and saved; step 2 from what another mesh saved; and from what this one saved, on one device."""
+    alone, (first, second) = single(family), (single(family).first, single(family).second)
+    if family not in newest:
+        newest[family] = tmp_path / "alone"
+        saved(newest[family], first[0])
     with on(MESHES[mesh]):
         here = Run(family, parts=parts)
-        np.testing.assert_allclose(here.first[1], expected[0][1], rtol=1e-5)
-        same(here.first[0], expected[0][0])
+        np.testing.assert_allclose(here.first[1], first[1], rtol=1e-5)
+        same(here.first[0], first[0])
         assert_optimizer_lies_as_the_weights_do(here.first[0])
         assert_packed_rows_are_isolated(here)
-        saved(tmp_path / "mesh", here.first[0])
-        gone_on = here.step(restored(kept / family, here.begun), batches(family)[1])
-        np.testing.assert_allclose(numbers(gone_on[1]), expected[1][1], rtol=1e-5)
-        same(gone_on[0], expected[1][0])
-    gone_on = alone.step(restored(tmp_path / "mesh", alone.begun), batches(family)[1])
-    np.testing.assert_allclose(numbers(gone_on[1]), expected[1][1], rtol=1e-5)
+        assert_goes_on(here, newest[family], second)
+        newest[family] = tmp_path / "mesh"
+        saved(newest[family], here.first[0])
+    assert_goes_on(alone, newest[family], second)
+
+
+@pytest.mark.parametrize("mesh", ["sequence 4, fsdp 2", "model 4, data 2"])
+def test_a_loss_in_parts_is_the_same_on_every_mesh(mesh, monkeypatch):
+    expected = single("decoder").first[1]
+    monkeypatch.setattr(losses, "CHUNK", 4 * 64)  # as many parts as each device has ids
+    with on(MESHES[mesh]):
+        np.testing.assert_allclose(Run("decoder", parts=1).first[1], expected, rtol=1e-5)
 
 
 def test_on_one_mesh_a_run_gone_on_is_the_unbroken_one_bit_for_bit(tmp_path):
@@ -149,6 +156,13 @@ def assert_packed_rows_are_isolated(run: Run):
     assert (other["tokens"] != second["tokens"]).sum() > 100
     one, two = (run.step(run.begun, b)[1]["loss"] for b in (second, other))
     assert one == two
+
+
+def assert_goes_on(run: Run, folder, expected):
+    """The second step from a checkpoint is that of the unbroken run."""
+    state, metrics = run.step(restored(folder, run.begun), batches(run.family)[1])
+    np.testing.assert_allclose(numbers(metrics), expected[1], rtol=1e-5)
+    same(state, expected[0])
 
 
 def saved(folder, state):
