@@ -59,7 +59,7 @@ def main(argv):
     left = [job for job in jobs if states[job.id] not in records.ENDED]
     console = rich.console.Console()
     console.print(watch.plan(points, states, prices))
-    say(console, *notes, f"{len(left)} of {len(points)} points are to be run")
+    say(console, *notes, f"{len(left)} of {len(points)} points are to be run" + pace(points, found, left))
     if launcher != "local" and left:
         rendered = LAUNCHERS[launcher](left, name=c.name, topology=prices.topology, settings=settings(values.settings))
         submit(rendered, Path("sweeps", c.name, launcher), dry_run=values.dry_run)
@@ -118,6 +118,17 @@ def closing(points, found: dict, out: Path, status: str, argv) -> str:
     following = f"python -m lm_jax.fit {out / 'runs.jsonl'}" if status == "ok" else \
         f"{sweep.command(argv)}   # goes on with what is missing"
     return "\n".join([*lines, "next:", f"  {following}"])
+
+
+def pace(points, found: dict, left) -> str:
+    """How long the rest takes where this folder's runs ended, if any did: steps alone, one after another."""
+    ended = [record for record in found.values() if record["status"] == "ok"]
+    todo = {job.id for job in left}
+    if not ended or not todo:
+        return ""
+    rate = sum(record["flops"] for record in ended) / sum(record["seconds"] for record in ended)
+    seconds = sum(point.flops for point in points if point.id in todo) / rate
+    return f", {watch.duration(seconds)} of steps at the {rate:.3g} FLOP/s of those that ended"
 
 
 def number(text: str, flag: str) -> float:

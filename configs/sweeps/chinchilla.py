@@ -14,6 +14,7 @@ def get_config():
     c.name = "chinchilla"
     c.model.base_width, c.model.base_depth, c.model.head_size = 512, 8, 64
     c.model.update(ladder.shape(c, 8))
+    c.model.remat = "full"
     c.model.qk_norm = True  # allows the larger learning rate (Wortsman et al. 2023)
     c.data.sources = "parquet:corpora/fineweb-edu/*.parquet#text"
     c.data.vocab = 32_000

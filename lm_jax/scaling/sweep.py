@@ -52,7 +52,8 @@ class Point:
         return self.tokens * ladder.flops_per_token(self.planned)
 
     def __str__(self):
-        return ", ".join(f"{key}={value}" for key, value in self.overrides.items())
+        model, train = self.config.model, self.config.train
+        return f"{self.id}, {model.depth} layers of {model.width}, {train.batch} rows a step"
 
 
 def points(path: str, base: ml_collections.ConfigDict) -> list[Point]:
@@ -164,7 +165,7 @@ class Prices:
             except ConfigError as error:  # the mesh, or the batch on it
                 fits, why = False, error
             if not fits:
-                problems.append(f"{point.id} ({point}): {why}")
+                problems.append(f"{point}: {why}")
         if problems:
             raise ConfigError(f"on {self.topology} these points cannot run:\n  " + "\n  ".join(problems))
 

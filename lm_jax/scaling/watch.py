@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.ticker import EngFormatter
 from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,19 +22,18 @@ OVER = ("ok", "diverged", "failed")
 ROWS = 16  # of the live table: what runs, then what ended last
 SHOWN = {"model.depth", "model.width", "model.heads", "model.head_size", "model.hidden", "train.steps", "train.batch",
          "optim.lr", "optim.weight_decay", "optim.warmup"}  # by columns of their own, or following from them
-_amount = EngFormatter(places=1, sep="")
 
 
 def plan(points: Sequence[Point], states: dict[str, str], prices: Prices | None) -> Table:
     """Every point with its counts, and with prices its time and cost."""
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), show_footer=True)
+    table = Table(box=SIMPLE, padding=0, show_footer=True)
     table.add_column("point", no_wrap=True)
-    table.add_column("L x D", no_wrap=True)
+    table.add_column("LxD", no_wrap=True)
     columns = {"params": "", "tokens": _amount(sum(point.tokens for point in points)), "batch": "", "lr": "",
-               "FLOPs": f"{sum(point.flops for point in points):.3g}"}
+               "FLOPs": f"{sum(point.flops for point in points):.2g}"}
     if prices:
-        columns |= {"hours": f"{sum(map(prices.hours, points)):,.3g}",
-                    "dollars": f"{sum(map(prices.dollars, points)):,.2f}"}
+        columns |= {"hours": f"{sum(map(prices.hours, points)):,.2g}",
+                    "$": f"{sum(map(prices.dollars, points)):,.2f}"}
     for name, footer in columns.items():
         table.add_column(name, justify="right", footer=footer, no_wrap=True)
     table.add_column("state", no_wrap=True, min_width=8)
@@ -44,23 +42,36 @@ def plan(points: Sequence[Point], states: dict[str, str], prices: Prices | None)
         table.add_column("varies", overflow="fold")
     for point in points:
         c = point.planned
-        cells = [_amount(ladder.counts(c)["total"]), _amount(point.tokens), f"{c.train.batch}", f"{c.optim.lr:.3g}",
-                 f"{point.flops:.3g}"]
+        cells = [_amount(ladder.counts(c)["total"]), _amount(point.tokens), f"{c.train.batch}", f"{c.optim.lr:.2g}",
+                 f"{point.flops:.2g}"]
         if prices:
-            cells += [f"{prices.hours(point):,.3g}", f"{prices.dollars(point):,.2f}"]
+            cells += [f"{prices.hours(point):,.2g}", f"{prices.dollars(point):,.2f}"]
         state = states[point.id]
         table.add_row(point.id, shape(point), *cells, Text(state, STYLES.get(state, "")),
                       *([varies(point)] if others else []))
     return table
 
 
+def _amount(n: float) -> str:
+    """Three digits, as in 109M and 1.25G."""
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= 0.9995 * unit:
+            return f"{n / unit:.3g}{name}"
+    return f"{n:.0f}"
+
+
 def shape(point: Point) -> str:
-    return f"{point.config.model.depth} x {point.config.model.width}"
+    return f"{point.config.model.depth}x{point.config.model.width}"
 
 
 def varies(point: Point) -> str:
     """What a point overrides beside its size, length and rate, in short."""
     return " ".join(f"{key.split('.')[-1]}={value}" for key, value in point.overrides.items() if key not in SHOWN)
+
+
+def duration(seconds: float) -> str:
+    minutes = int(seconds / 60 + 0.5)
+    return f"{minutes // 60} h {minutes % 60:02d}" if minutes >= 60 else f"{minutes} min" if minutes else "under 1 min"
 
 
 class Watch:
@@ -117,7 +128,7 @@ class Watch:
                                   for name, (step, _) in at.items()) / sum(self.flops.values())
         here = time.monotonic() - self.begun
         gone = done - self.before
-        left = f", {_duration(here / gone * (1 - done))} left" if gone > 0.01 else ""
+        left = f", {duration(here / gone * (1 - done))} left" if gone > 0.01 else ""
         self.bar.update(self.task, completed=done, counts=self._counts(), left=left)
         return Group(table, self.bar)
 
@@ -148,8 +159,3 @@ class Watch:
             return f" loss {summary['val_loss']:.4f} ± {summary['val_loss_stderr']:.4f}"
         except (OSError, ValueError, KeyError, TypeError):
             return ""
-
-
-def _duration(seconds: float) -> str:
-    minutes = int(seconds / 60 + 0.5)
-    return f"{minutes // 60} h {minutes % 60:02d}" if minutes >= 60 else f"{minutes} min" if minutes else "under 1 min"
