@@ -75,9 +75,12 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ConfigError(f"mesh {sizes}: sizes of at least 1, and -1 for at most one axis")
-    if devices % fixed or (not free and devices != fixed):
-        wanted = f"a multiple of {fixed}" if free else fixed
-        raise ConfigError(f"mesh {sizes} wants {wanted} devices and there are {devices}: "
+    if free and devices % fixed:
+        asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+        divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+        raise ConfigError(f"mesh {sizes}: {asked} does not divide {devices} devices: use {divisors}")
+    if not free and devices != fixed:
+        raise ConfigError(f"mesh {sizes} wants {fixed} devices and there are {devices}: "
                           f"set one axis to -1, or sizes whose product is {devices}")
     return sizes | {axis: devices // fixed for axis in free}
 
@@ -199,17 +202,12 @@ def rows_divide(batch: int, microbatches: int) -> None:
                           f"use a multiple of {shards * microbatches}")
 
 
-def replicated_letters(letters: str, shape: tuple[int, ...]) -> str:
-    """Letters of a weight whose size does not divide an axis that nothing else of it is divided over: copies of it."""
-    sizes, taken = _axis_sizes(), _names(weight(letters, shape) or ())
-    left = {axis for axis, size in sizes.items() if size > 1 and axis not in taken}
-    return "".join(a for a in letters if left & set(_names((WEIGHTS.get(a),))))
-
-
 def undivided(letters: str, shape: tuple[int, ...]) -> list[tuple[str, int, str]]:
-    """(letter, size, axis) where a size of a weight does not divide an axis that nothing else of it is divided over."""
-    taken, sizes = _names(weight(letters, shape) or ()), _axis_sizes()
-    return [(a, n, axis) for a, n in zip(letters, shape) for axis in _names((WEIGHTS.get(a),))
+    """(letter, size, axis) where a size of a weight, or of a row's tokens, does not divide an axis that nothing else of
+    it is divided over: devices along the axis hold, or do, the same."""
+    table = WEIGHTS | {"T": ACTIVATIONS["T"]}
+    taken, sizes = _names(_spec(table, letters, shape) or ()), _axis_sizes()
+    return [(a, n, axis) for a, n in zip(letters, shape) for axis in _names((table.get(a),))
             if sizes.get(axis, 1) > 1 and axis not in taken]
 
 
@@ -217,6 +215,12 @@ def platform() -> str:
     """What programs are traced for ("cpu", "gpu", "tpu"): the devices of the mesh in use, which need not be here."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform) if device else jax.default_backend()
+
+
+def device_kind() -> str:
+    """What JAX calls the devices of the mesh in use, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return device.device_kind
 
 
 def on_cpu() -> bool:
@@ -235,12 +239,6 @@ def split(x, parts: int, *, axis: int):
     shape = x.shape
     x = x.reshape(*shape[:axis], shape[axis] // parts, parts, *shape[axis + 1:])
     return jax.numpy.moveaxis(x, axis + 1, 0)
-
-
-def join(x, *, axis: int):
-    """The inverse of `split`."""
-    x = jax.numpy.moveaxis(x, 0, axis + 1)
-    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2:])
 
 
 def _laid(shape, slices, devices, *, split):

@@ -29,21 +29,21 @@ def main(argv):
     hosts.same(config=config.digest(config.to_dict(shared)))
     mesh = parallel.use(c.mesh)
     workdir = Workdir(values.workdir, writes=jax.process_index() == 0)
-    begun = time.time()
+    begun, mark = time.time(), hosts.mark()
 
-    def opened():
-        workdir.open(config.to_dict(c))
+    def prepared():
         parallel.rows_divide(c.train.batch, c.train.microbatches)
         pretrain.attention(c)  # raises before data are prepared
         return store.prepare(c.data, say=hosts.say)
 
-    recipe = pretrain.Pretraining(c, hosts.together(opened))
+    hosts.together(lambda: workdir.open(config.to_dict(c), mark))
+    recipe = pretrain.Pretraining(c, hosts.together(prepared))
     hosts.same(data=recipe.store.digest)
     evaluation = pretrain.Evaluation(recipe)
     plan = recipe.recipe((pretrain.evaluate_every(c, evaluation),))
     with trainer.Trainer(c, recipe.model(), plan, workdir, say=hosts.say) as run:
         workdir.write_json("manifest.json", report.manifest(recipe, mesh, workdir.read_json("manifest.json")))
-        run.log.say(report.headline(recipe, mesh, run.state.model))
+        run.log.say(report.headline(recipe, mesh))
         status, results = run.fit(), {}
         if status == "ok":
             results = evaluation(trainer.evaluated(run.state), 0)
@@ -56,6 +56,7 @@ def main(argv):
         workdir.write_json("summary.json", summary)
         plots.loss_curve(workdir)
         print(f"{sample}\n\n{report.closing(summary, workdir, argv)}".strip())
+    hosts.exchange("end", status)  # JAX gives up whoever comes to an end long before the others
     return EXIT[status]
 
 

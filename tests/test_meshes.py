@@ -86,8 +86,8 @@ def test_what_does_not_divide_is_replicated_and_said():
     sizes = MeshConfig(model=4, fsdp=2)
     with jax.sharding.set_mesh(parallel.make_mesh(sizes)):
         assert parallel.weight("DKH", (32, 2, 8)) == PartitionSpec("fsdp", None, None)
-        assert parallel.replicated_letters("DKH", (32, 2, 8)) == "K"
-        assert parallel.replicated_letters("DNH", (32, 4, 8)) == ""
+        assert parallel.undivided("DKH", (32, 2, 8)) == [("K", 2, "model")]
+        assert parallel.undivided("DNH", (32, 4, 8)) == []
         assert parallel.activation("BTV", (8, 16, 64)) == PartitionSpec("fsdp", None, "model")
         assert parallel.local_size("BTV", (8, 16, 64)) == 8 * 16 * 64 // 8
     assert parallel.weight("DKH", (32, 2, 8)) is None, "without a mesh all of this is silent"
@@ -99,8 +99,8 @@ def test_weights_are_copied_over_replica_and_data_alone():
         assert parallel.weight("DF", (32, 64)) == PartitionSpec(("fsdp", "expert", "sequence"), None)
         assert parallel.weight("LEDF", (2, 4, 32, 64)) == PartitionSpec(None, "expert", ("fsdp", "sequence"), None)
         assert parallel.weight("DF", (12, 64)) == PartitionSpec(("fsdp", "expert"), None)
-        assert parallel.replicated_letters("DF", (12, 64)) == "D"
-        assert parallel.replicated_letters("EDF", (4, 32, 64)) == parallel.replicated_letters("DE", (32, 4)) == ""
+        assert parallel.undivided("DF", (12, 64)) == [("D", 12, "sequence")]
+        assert parallel.undivided("EDF", (4, 32, 64)) == parallel.undivided("DE", (32, 4)) == []
 
 
 def test_a_mesh_that_cannot_be_is_an_error_that_says_what_could():
@@ -114,8 +114,13 @@ def test_a_mesh_that_cannot_be_is_an_error_that_says_what_could():
             parallel.rows_divide(24, 2)
 
 
-def test_splitting_and_joining_are_inverse(rng):
+def test_a_size_that_does_not_divide_the_devices_is_named_with_those_that_do():
+    with pytest.raises(ConfigError, match=r"model=3 does not divide 64 devices: use 1, 2, 4, 8, 16, 32, 64$"):
+        parallel.mesh_sizes(MeshConfig(model=3), 64)
+    with pytest.raises(ConfigError, match=r"sequence=2 x model=3 does not divide 8 devices"):
+        parallel.mesh_sizes(MeshConfig(model=3, sequence=2), 8)
+
+
+def test_parts_are_interleaved(rng):
     x = rng.standard_normal((2, 12, 3)).astype(np.float32)
-    parts = parallel.split(jnp.asarray(x), 4, axis=1)
-    np.testing.assert_array_equal(parts[1], x[:, 1::4])  # interleaved
-    np.testing.assert_array_equal(parallel.join(parts, axis=1), x)
+    np.testing.assert_array_equal(parallel.split(jnp.asarray(x), 4, axis=1)[1], x[:, 1::4])

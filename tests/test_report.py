@@ -8,8 +8,8 @@ import pytest
 
 import tiny
 from lm_jax import config, parallel
-from lm_jax.models import transformer
-from lm_jax.recipes import report
+from lm_jax.data import store
+from lm_jax.recipes import pretrain, report
 from lm_jax.workdir import Workdir
 
 OUTCOME = dict(steps=30, tokens=1000, flops=1e9, seconds=2.0)
@@ -42,8 +42,15 @@ def test_the_outcome_is_said_first(status):
     assert text.startswith(f"{status}: 30 steps, 1,000 tokens, 1e+09 FLOPs")
 
 
-def test_what_a_mesh_does_not_divide_is_said():
-    with jax.set_mesh(parallel.make_mesh(config.MeshConfig(model=8, fsdp=1))):
-        model = transformer.make(tiny.settings(depth=1, kv_heads=2), seed=0)
-        assert report._replicated(model) == "K 2, N 4"
-    assert report._replicated(model) == "", "without a mesh there is nothing to divide"
+def test_what_a_mesh_does_not_divide_is_said(tmp_path):
+    """Sizes of weights, and rows of 36 tokens over a sequence of 8, by the same words that a plan has."""
+    data = config.DataConfig(sources="markov:documents=60,length=35", root=str(tmp_path), tokenizer="byte", length=36)
+    c = config.Config(model=tiny.settings(vocab=0, depth=1, kv_heads=2), data=data,
+                      train=config.TrainConfig(batch=8, steps=2), optim=config.OptimConfig(warmup=1))
+    recipe = pretrain.Pretraining(c, store.prepare(c.data, say=lambda line: None))
+    for sizes, said in ((dict(model=8), "K (2 key heads) over model 8, N (4 query heads) over model 8"),
+                        (dict(sequence=8), "T (36 tokens of a row) over sequence 8")):
+        mesh = parallel.make_mesh(config.MeshConfig(fsdp=1, **sizes))
+        with jax.set_mesh(mesh):
+            assert report.headline(recipe, dict(mesh.shape)).endswith(f"kept whole on each device: {said}")
+    assert "kept whole" not in report.headline(recipe, {}), "without a mesh there is nothing to divide"

@@ -8,12 +8,10 @@ import jax
 from lm_jax import parallel
 from lm_jax.config import Config
 from lm_jax.models import flops
-from lm_jax.preflight import memory, roofline
+from lm_jax.preflight import memory, program, roofline
 from lm_jax.preflight.topology import Topology
+from lm_jax.recipes import pretrain
 from lm_jax.recipes.pretrain import row_lengths
-
-NAMES = {"D": "width", "F": "hidden units", "N": "query heads", "K": "key heads", "V": "ids", "E": "experts",
-         "T": "tokens of a row"}
 
 
 @dataclass(frozen=True)
@@ -91,14 +89,9 @@ class Forecast:
 
     @cached_property
     def replicated(self) -> list[str]:
-        """What does not divide its axis, so that devices along it hold or do the same: `K (8 key heads) over model 16`.
-        """
+        """What does not divide its axis, so that devices along it hold or do the same, for people."""
         with jax.sharding.use_abstract_mesh(self.mesh):
-            found = {one for w in flops.weights(self.config.model) if w.kind.role != "vector"
-                     for one in parallel.undivided(w.kind.letters, w.shape)}
-            found |= {("T", n, axis) for n in row_lengths(self.config) if n
-                      for axis in (parallel.ACTIVATIONS["T"],) if n % self.mesh.shape[axis]}
-        return [f"{a} ({n} {NAMES[a]}) over {axis} {self.mesh.shape[axis]}" for a, n, axis in sorted(found)]
+            return pretrain.replicated(self.config)
 
     def record(self) -> dict:
         """All of it, for programs."""

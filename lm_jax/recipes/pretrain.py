@@ -16,6 +16,9 @@ from lm_jax.data.store import Store
 from lm_jax.models import flops, kernels, transformer
 from lm_jax.trainer import Every, Recipe
 
+NAMES = {"D": "width", "F": "hidden units", "N": "query heads", "K": "key heads", "V": "ids", "E": "experts",
+         "T": "tokens of a row"}
+
 
 @dataclass(frozen=True)
 class Pretraining:
@@ -142,6 +145,15 @@ def planned(config: Config) -> Config:
         raise ConfigError(f"data.tokenizer={data.tokenizer!r} is no file here, so that its vocabulary is not known: "
                           "bring it here, or set model.vocab")
     return config
+
+
+def replicated(config: Config) -> list[str]:
+    """What does not divide its axis of the mesh in use, so that devices along it hold or do the same, for people:
+    `K (8 key heads) over model 16`. The model's vocabulary must be known."""
+    sizes = [(w.kind.letters, w.shape) for w in flops.weights(config.model) if w.kind.role != "vector"]
+    sizes += [("T", (length,)) for length in row_lengths(config) if length]
+    found = {one for letters, shape in sizes for one in parallel.undivided(letters, shape)}
+    return [f"{a} ({n} {NAMES[a]}) over {axis} {parallel.devices_along((axis,))}" for a, n, axis in sorted(found)]
 
 
 def row_lengths(config: Config) -> tuple[int, int]:

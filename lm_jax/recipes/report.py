@@ -1,5 +1,6 @@
 """What a pretraining run says of itself: its manifest, its summary, a sample, and how it does beside xz."""
 
+import dataclasses
 import importlib.metadata
 import lzma
 import platform
@@ -10,14 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lm_jax import config, parallel
+from lm_jax import config
 from lm_jax.data.loader import validation
 from lm_jax.inference.generate import generate
 from lm_jax.inference.sample import Sampler
 from lm_jax.models import flops
-from lm_jax.models.layers import kinds
-from lm_jax.recipes.pretrain import Pretraining, attention, row_lengths
-from lm_jax.trainer import parameters
+from lm_jax.recipes.pretrain import Pretraining, attention, replicated, row_lengths
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
 XZ_LIMIT = 64 * 2**20  # bytes of held-out text that are worth the minute xz takes
@@ -41,12 +40,12 @@ def manifest(recipe: Pretraining, mesh: dict, before: dict | None) -> dict:
     }
 
 
-def headline(recipe: Pretraining, mesh: dict, model) -> str:
+def headline(recipe: Pretraining, mesh: dict) -> str:
     """What is about to be trained, on what, from what; and what of it falls short of what was asked for."""
     c, n = recipe.config, flops.parameters(recipe.model_config)
     short = "" if c.optim.warmup < c.train.steps else (
         f"\nthe warm-up of {c.optim.warmup} steps is not over when the run is: the peak learning rate is not reached")
-    whole = _replicated(model)
+    whole = ", ".join(replicated(dataclasses.replace(c, model=recipe.model_config)))
     short += f"\nsizes that do not divide their axis of the mesh, kept whole on each device: {whole}" if whole else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
     rows = c.train.batch * c.train.steps
@@ -159,15 +158,6 @@ def _answer(model, prompt, tokenizer, *, temperature):
     tokens, _ = generate(model, prompt, Sampler(temperature), length=min(ANSWER, room), key=jax.random.key(0),
                          stop=tokenizer.eos, vocab=tokenizer.vocab)
     return np.asarray(tokens)[0]
-
-
-def _replicated(model) -> str:
-    """Letters that the mesh would shard but whose size does not divide, each with its size."""
-    found = {}
-    for kind, w in zip(jax.tree.leaves(kinds(model)), jax.tree.leaves(parameters(model))):
-        letters = parallel.replicated_letters(kind.letters, w.shape)
-        found |= {a: n for a, n in zip(kind.letters, w.shape) if a in letters and kind.role != "vector"}
-    return ", ".join(f"{a} {n}" for a, n in found.items())
 
 
 def _flops_per_token(recipe):
