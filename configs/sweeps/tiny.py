@@ -11,14 +11,15 @@ def get_config():
     c.model.dtype = "float32"  # CPUs compute bfloat16 in slow motion
     c.data.tokenizer = "byte"  # the loss of one size can be compared with that of another's on any text
     c.data.length = 128
+    c.data.validation = 0.005  # every run ends with all of it
     c.optim.lr = 4e-3
     c.optim.warmup = 25
     c.train.steps = 250
-    c.train.batch = 16  # half a million bytes in all
+    c.train.batch = 8  # a thousand bytes, a quarter of a million in all
     c.train.eval_every = c.train.checkpoint_every = 1000
     return c
 
 
 def get_points(c):
     models = [ladder.shape(c, depth) for depth in (1, 2, 3)]
-    return grid.tokens(c, models, (250e3, 500e3, 1e6))
+    return grid.tokens(c, models, (100e3, 200e3, 400e3))
