@@ -110,8 +110,23 @@ def test_axes_lie_on_the_wires_of_the_torus():
     assert rate("v5p-128", ("b",), a=32, b=2) == (pytest.approx(1 * link), 0), "half of a ring is a line"
     assert rate("v5e-256", ("b",), a=16, b=16) == (pytest.approx(2 * 50), 0)
     assert rate("v5e-64", ("b",), a=8, b=8) == (pytest.approx(1 * 50), 0), "rings close on whole pods of v5e alone"
+    assert rate("v5p-32", ("a",), a=16) == (pytest.approx(3 * link), 0), "no cube, no wires that close"
+    assert rate("v5e-128", ("b",), a=8, b=16) == (pytest.approx(2 * 50), 0), "the long side is a pod's"
+    assert rate("v3-2048", ("b",), a=32, b=64)[0] > rate("v3-512", ("b",), a=16, b=32)[0]
     assert rate("h100-64", ("b",), a=8, b=8) == (pytest.approx(450), 0)
     assert rate("h100-64", ("a",), a=8, b=8) == (0, pytest.approx(7 / 8 / 50))
+
+
+@pytest.mark.parametrize("name, sizes, near, far", [
+    ("v5p-32", dict(a=16), 10, 0), ("v5p-128", dict(a=64), 10, 0),  # milliseconds: 100 GB/s, however many dimensions
+    ("v5e-256", dict(a=16, b=16), 20, 0), ("h100-8", dict(b=8), 1000 / 450, 0), ("v3-8", dict(b=4), 1000 / 41, 0),
+    ("2xv3-8", dict(a=2, b=8), 0, 2 * 1000 / 3.125),
+])
+def test_what_is_passed_on_takes_one_wire(name, sizes, near, far):
+    wires = Wiring(sizes, topology.parse(name))
+    axis = next(iter(sizes))
+    seconds = wires.seconds(traffic.Move("collective-permute", 10**9, (axis,), 1, ""))
+    assert seconds == (pytest.approx(near / 1000), pytest.approx(far / 1000))
 
 
 def test_a_step_by_hand():

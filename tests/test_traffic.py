@@ -107,6 +107,22 @@ def test_what_the_tpu_compiler_writes_is_read():
         hlo.totals("module")
 
 
+@pytest.mark.parametrize("branches", ["branch_computations={%small, %large}",
+                                      "true_computation=%large, false_computation=%small"])
+def test_of_branches_the_dearest_counts(branches):
+    """A step takes one: what it may move at most."""
+    branch = """%{} (p: f32[{}]) -> f32[{}] {{
+      %sum = f32[{}]{{0}} all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add
+    }}
+    """
+    program = f"""ENTRY %main (x: f32[8]) -> f32[8] {{
+      %one = f32[8] conditional(%i, %x, %x), {branches}, metadata={{op_name="cond"}}
+    }}
+    """
+    text = "\n".join([branch.format("small", *[10] * 3), branch.format("large", *[20] * 3), program])
+    assert hlo.totals("\n".join(map(str.strip, text.splitlines()))) == {"all-reduce": 4 * 20}
+
+
 TPU = """HloModule jit_step
 
 %all-reduce-scatter.1 (input: f32[64]) -> f32[8] {

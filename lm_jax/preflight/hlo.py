@@ -12,8 +12,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _NAME = r"%?([\w.\-]+)"
 _HEAD = re.compile(rf"^(ENTRY )?{_NAME} \(.*\{{$")
 _LINE = re.compile(rf"^\s*(?:ROOT )?{_NAME} = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-_CALLS = re.compile(rf"(body|condition|calls|to_apply|true_computation|false_computation)={_NAME}")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CALLS = re.compile(rf"(body|condition|calls|to_apply)={_NAME}")
+_BRANCHES = re.compile(r"(?:branch_computations=\{|true_computation=|false_computation=)([^}=]*)(?:\}|, |$)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _INTEGER = re.compile(r"(\d+)\)")
@@ -32,13 +32,13 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective that a program runs, asynchronous parts counted once and loops as often as they go round."""
+    """Every collective that a program runs, asynchronous parts counted once, loops as often as they go round, and of
+    branches the one that moves most."""
     computations, entry = _computations(text)
-    found: list[Collective] = []
     chains: set[str] = set()  # the TPU compiler spreads a collective over several fusions, which share a chain
-    todo = [(entry, 1)]
-    while todo:
-        name, times = todo.pop()
+
+    def run(name: str, times: int) -> list[Collective]:
+        found = []
         for shape, op, rest in computations[name]:
             kind = op.removesuffix("-start")
             if kind in KINDS:
@@ -46,10 +46,14 @@ def collectives(text: str) -> list[Collective]:
                 if chain is None or chain[1] not in chains:
                     kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind  # the TPU's way
                     found.append(Collective(kind, _bytes(op, shape, rest), _group(rest), times, _source(rest)))
-                chains |= {chain[1]} if chain else set()
+                chains.update([chain[1]] if chain else [])
             elif not op.endswith(("-done", "-update")):  # whose body is that of the start
-                todo += [(called, times * trips) for called, trips in _called(op, rest, computations)]
-    return [c for c in found if c.group > 1]
+                for called, trips in _called(op, rest, computations):
+                    found += run(called, times * trips)
+                found += max((run(branch, times) for branch in _branches(rest)), key=_moved, default=[])
+        return found
+
+    return [c for c in run(entry, 1) if c.group > 1]
 
 
 def totals(text: str) -> dict[str, int]:
@@ -81,13 +85,20 @@ def _computations(text: str) -> tuple[dict[str, list], str]:
 
 
 def _called(op: str, rest: str, computations: dict):
-    """Computations that a line runs, and how often; a sum's adder runs no collective and a branch counts once."""
+    """Computations that a line runs, and how often; a sum's adder runs no collective."""
     roles = dict(_CALLS.findall(rest))
     for role, name in roles.items():
         if role != "to_apply" or op == "call":
             yield name, _trips(rest, computations[roles["condition"]]) if role == "body" else 1
-    for names in _BRANCHES.findall(rest):
-        yield from ((name.strip().lstrip("%"), 1) for name in names.split(","))
+
+
+def _branches(rest: str) -> list[str]:
+    """Computations of which a line runs one."""
+    return [name.strip().lstrip("%") for names in _BRANCHES.findall(rest) for name in names.split(",")]
+
+
+def _moved(found: list[Collective]) -> int:
+    return sum(c.bytes * c.times for c in found if c.group > 1)
 
 
 def _trips(rest: str, condition: list) -> int:

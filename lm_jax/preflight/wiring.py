@@ -2,7 +2,8 @@
 
 The last axes of a mesh are neighbours: they fill the torus of a slice (or a host of GPUs) first, and what is left of
 the others goes over the network. An axis that covers a dimension of the torus which closes is a ring and sends both
-ways; one on several dimensions uses the wires of all. That axes share wires at the same time is not modelled.
+ways; one on several dimensions uses the wires of all. What is passed to the next device alone takes one wire, one way.
+That axes share wires at the same time is not modelled.
 """
 
 import math
@@ -32,32 +33,38 @@ class Wiring:
         n devices that gather, or sum and scatter, P bytes send (n - 1) / n P each; to sum and keep is to do both. Over
         the network each sends the part of P that is its own among those it shares fast links with.
         """
-        device = self.topology.device
         near = math.prod(self.near[axis] for axis in move.axes)
         far = math.prod(self.sizes[axis] for axis in move.axes) // near
+        abroad = self.topology.device.network / self.topology.device.per_chip
+        if move.kind == "collective-permute":
+            return move.bytes / self._wire() * (near > 1), move.bytes / abroad * (far > 1)
         twice = 2 if move.kind == "all-reduce" else 1
-        if move.kind == "collective-permute":  # to the next one only, one way
-            return move.bytes / self._rate(move.axes) * 2 if near > 1 else 0.0, move.bytes / device.network * (far > 1)
         links = twice * move.bytes * (near - 1) / near / self._rate(move.axes) if near > 1 else 0.0
-        network = twice * move.bytes / near * (far - 1) / far / (device.network / device.per_chip)
-        return links, network
+        return links, twice * move.bytes / near * (far - 1) / far / abroad
+
+    def _wire(self) -> float:
+        """Bytes a second that a device sends to one neighbour: a wire of the torus, or all that it has to a switch."""
+        device = self.topology.device
+        return device.link / (2 * device.torus or 1) / device.per_chip
 
     def _rate(self, axes: tuple[str, ...]) -> float:
         """Bytes a second that a device sends one way on the links along these axes."""
-        device = self.topology.device
-        if not device.torus:
-            return device.link
+        if not self.topology.device.torus:
+            return self._wire()
         along: dict[int, int] = {}
         for axis in axes:
             for dim, part in self.on[axis].items():
                 along[dim] = along.get(dim, 1) * part
         ways = sum(2 if self._closes(dim, part) else 1 for dim, part in along.items())
-        return ways * device.link / (2 * device.torus) / device.per_chip
+        return ways * self._wire()
 
     def _closes(self, dim: int, part: int) -> bool:
-        """Whether so many devices along a dimension are a ring: all of it, and it is one of a cube or a whole pod."""
-        least = 4 if self.topology.device.torus == 3 else 16
-        return dim < self.topology.device.torus and part == self.dims[dim] >= least
+        """Whether so many devices along a dimension are a ring: all of it, and the slice has wires that close it. Those
+        of three dimensions have, where they are made of whole cubes of 4x4x4; of two, along a whole side of the pod."""
+        device, shape = self.topology.device, self.topology.shape
+        if dim >= device.torus or part < shape[dim]:
+            return False
+        return all(n % 4 == 0 for n in shape) if device.torus == 3 else shape[dim] == math.isqrt(device.domain)
 
 
 def _placed(n: int, free: list[int], dims: list[int]) -> dict[int, int]:
