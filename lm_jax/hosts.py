@@ -7,10 +7,13 @@ program on the same config; process 0 also writes and speaks.
 import contextlib
 import functools
 import importlib.util
+import itertools
 import os
 import re
+import secrets
 import sys
 import threading
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,11 +26,15 @@ from lm_jax.parallel import activation
 FLAGS = {
     "coordinator": "host:port of process 0, where TPU, Slurm or Open MPI do not say it",
     "processes": "how many processes the run has; with --coordinator",
-    "process": "the number of this one, from 0; with --coordinator",
+    "process": "the number of this one, from 0; with --coordinator. Where several share a node, JAX_LOCAL_DEVICE_IDS=0,1 "
+               "says which of its GPUs are this one's",
 }
 JOINING = 300  # seconds in which all processes must have come
+LOST = 60  # seconds without a sign of life, or at the end without the others, after which a process is given up
 WAITING = 7 * 86_400  # seconds for what one process does while others wait, such as preparing data
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # as srun sets them
+NODE_GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each
+_asked = itertools.count()  # exchanges so far: the same on all processes, which ask the same in the same order
 
 
 def start(coordinator=None, processes=None, process=None, *, timeout: int = JOINING):
@@ -35,6 +42,7 @@ def start(coordinator=None, processes=None, process=None, *, timeout: int = JOIN
 
     The flags are strings, or None where the cluster says it all; JAX_COMPILATION_CACHE_DIR puts programs elsewhere.
     Raises ConfigError where the flags contradict each other, and where the others do not come within `timeout` seconds.
+    Later, when one dies or fails alone, JAX ends the others within about `LOST` seconds.
     """
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/lm_jax/xla"))
@@ -42,7 +50,8 @@ def start(coordinator=None, processes=None, process=None, *, timeout: int = JOIN
     if how is None:
         return
     with _patience(how, timeout):
-        jax.distributed.initialize(**how, initialization_timeout=2 * timeout)
+        jax.distributed.initialize(**how, initialization_timeout=2 * timeout, heartbeat_timeout_seconds=LOST,
+                                   shutdown_timeout_seconds=LOST)
     if jax.process_count() > 1:
         say(f"{jax.process_count()} processes, {jax.device_count()} devices")
 
@@ -105,12 +114,18 @@ def same(**digests: str):
 
 
 def exchange(name: str, text: str) -> list[str]:
-    """What each process has to say under a name that is used once; returns when all have said it."""
+    """What each process has to say under a name; all ask in the same order, and go on when all have said it."""
     if jax.process_count() == 1:
         return [text]
-    store, names = distributed.global_state.client, [f"lm_jax/{name}/{n}" for n in range(jax.process_count())]
+    store, call = distributed.global_state.client, next(_asked)
+    names = [f"lm_jax/{call}/{name}/{n}" for n in range(jax.process_count())]
     store.key_value_set(names[jax.process_index()], text)
     return [store.blocking_key_value_get(key, WAITING * 1000) for key in names]
+
+
+def mark() -> str:
+    """A word that this run's processes know and no other run's; empty for a process that is alone."""
+    return exchange("mark", secrets.token_hex(8))[0] if jax.process_count() > 1 else ""
 
 
 def rows_here(batch: int) -> np.ndarray:
@@ -204,17 +219,26 @@ def _gpus(env, local: str, tasks: str) -> list[int] | None:
     """Which of the GPUs it sees are a process's, of `tasks` on its node ("8", "8(x2),4"): an even share of them.
 
     None leaves it to JAX_LOCAL_DEVICE_IDS; [] is all, for the only process of a node and where the launcher has shared
-    them out. Of an unknown number each process takes one.
+    them out. Where none can be counted (AMD's cannot) each process takes one.
     """
     if "JAX_LOCAL_DEVICE_IDS" in env:
         return None
     most = max(int(part.split("(")[0]) for part in tasks.split(","))
-    if most == 1 or "SLURM_GPUS_PER_TASK" in env:
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    shared = "SLURM_GPUS_PER_TASK" in env or visible is not None and "," not in visible
+    if most == 1 or shared or env.get("JAX_PLATFORMS") == "cpu":
         return []
-    here, visible = int(env[local]), env.get("CUDA_VISIBLE_DEVICES")
-    each = visible.count(",") + 1 if visible else most
-    each //= most
+    count = visible.count(",") + 1 if visible else _count(NODE_GPUS) or most
+    if count % most:
+        raise ConfigError(f"{most} processes cannot share a node's {count} GPUs evenly: start as many on each node as "
+                          "divide them, or tell each in JAX_LOCAL_DEVICE_IDS=0,1 which of those it sees are its own")
+    here, each = int(env[local]), count // most
     return list(range(here * each, (here + 1) * each))
+
+
+def _count(folder: Path) -> int:
+    """How many files and folders are in one; 0 if it is not there."""
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
 def _is_pod(env) -> bool:

@@ -1,6 +1,7 @@
 """The training loop: one step for any objective, and a Trainer that knows neither objective nor model."""
 
 import contextlib
+import os
 import signal
 from dataclasses import dataclass
 from functools import partial
@@ -96,7 +97,7 @@ class Trainer:
     """Runs a recipe to `config.train.steps`, from where the workdir's checkpoints end.
 
     The host never waits for the step it has just sent: a step's numbers are read while the next one runs. SIGTERM and
-    SIGINT save and stop; a second signal stops at once.
+    SIGINT save and stop; a second signal, of several processes a second SIGINT, stops at once.
     """
 
     def __init__(self, config: Config, model, recipe: Recipe, workdir, *, say=print):
@@ -212,15 +213,18 @@ def _summed(gradient, batch, key, parts: int):
 def _signals():
     """A list that a SIGTERM or SIGINT makes non-empty; the second one acts as it would without us.
 
-    Of several processes each leaves SIGTERM to JAX, whose coordinator has all of them stop after the same step.
+    Of several processes each leaves SIGTERM to JAX, whose coordinator has all of them stop after the same step; SIGINT
+    becomes a SIGTERM, and a second one kills.
     """
-    seen = []
-    ours = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    seen, alone = [], jax.process_count() == 1
+    ours = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
 
     def note(number, frame):
         seen.append(number)
         for s, handler in before.items():
-            signal.signal(s, handler)
+            signal.signal(s, handler if alone else signal.SIG_DFL)
+        if not alone:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     before = {s: signal.getsignal(s) for s in ours}
     try:

@@ -1,6 +1,6 @@
 """A run's folder: claimed by one trainer at a time, bound to one config, and written so that a kill harms no record.
 
-    <workdir>/config.json manifest.json metrics.jsonl checkpoints/ plots/ summary.json lock
+    <workdir>/config.json manifest.json metrics.jsonl checkpoints/ plots/ summary.json lock mark
 """
 
 import fcntl
@@ -8,6 +8,7 @@ import json
 import math
 import os
 import socket
+import time
 from pathlib import Path
 
 from lm_jax import disk
@@ -19,6 +20,7 @@ from lm_jax.errors import REFUSED, ConfigError
 FREE = ("mesh.", "data.root:", "model.remat:", "model.attention:", "train.microbatches:", "train.log_every:",
         "train.eval_every:", "train.eval_rows:", "train.checkpoint_every:", "train.keep:", "train.loggers:",
         "train.profile:")
+SEEN = 10  # seconds in which a file that one host writes in a shared folder is seen by the others
 
 
 class Workdir:
@@ -37,14 +39,15 @@ class Workdir:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def open(self, config: dict):
+    def open(self, config: dict, mark: str = ""):
         """Claim the folder for a run of `config` (nested, JSON-able) until `close` or the process's end.
 
         Raises ConfigError where another trainer holds the folder, where it belongs to another config, or where no
         folder can be. A run that ended before its first step leaves the folder to any config.
+        The processes of one run pass the same `mark`, the one that writes first: the others look for it in the folder.
         """
         if not self.writes:
-            return
+            return self._find(mark)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim()
@@ -52,6 +55,8 @@ class Workdir:
             if e.errno not in REFUSED:
                 raise
             raise ConfigError(f"--workdir={self.path} cannot be used: {e}. Pass a folder that takes files") from e
+        if mark:
+            disk.replace(self.path / "mark", [mark])
         recorded = self.read_json("config.json")
         if recorded is None or not self._begun():
             self.write_json("config.json", config)
@@ -111,6 +116,15 @@ class Workdir:
     def _begun(self) -> bool:
         """Whether there is anything that another config would spoil."""
         return self.metrics.exists() and self.metrics.stat().st_size > 0 or any(self.checkpoints.glob("*"))
+
+    def _find(self, mark: str):
+        """Raise ConfigError unless this is the folder that the run's first process has marked."""
+        file, end = self.path / "mark", time.monotonic() + SEEN
+        while mark and not (file.exists() and file.read_text() == mark):
+            if time.monotonic() > end:
+                raise ConfigError(f"--workdir={self.path} must be a folder that all processes share, and what process 0 "
+                                  "writes does not appear in it: pass one on a disk that all of them see")
+            time.sleep(0.1)
 
     def _claim(self):
         """Take the lock, which the system frees when its holder dies, however it dies."""

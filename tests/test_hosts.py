@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -56,15 +57,44 @@ def test_slurm_and_open_mpi_join_by_their_own_words():
 
 
 @pytest.mark.parametrize("more, gpus", [
-    ({}, [1]),  # an unknown number: one each
-    ({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, [4, 5, 6, 7]),
+    ({}, [4, 5, 6, 7]),  # as many as the node has
+    ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [2, 3]),
     ({"CUDA_VISIBLE_DEVICES": "5"}, []),  # bound by the launcher
+    ({"CUDA_VISIBLE_DEVICES": ""}, []),
+    ({"JAX_PLATFORMS": "cpu"}, []),
     ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2"}, []),
     ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, []),  # a process a node has them all
     ({"JAX_LOCAL_DEVICE_IDS": "3"}, None),
 ])
-def test_processes_of_a_node_share_its_gpus(more, gpus):
+def test_processes_of_a_node_share_its_gpus(more, gpus, node):
+    node(8)
     assert hosts.joining(SLURM | more)["local_device_ids"] == gpus
+
+
+@pytest.fixture
+def node(monkeypatch, tmp_path):
+    """Makes this a node of so many NVIDIA GPUs."""
+    monkeypatch.setattr(hosts, "NODE_GPUS", tmp_path / "gpus")
+
+    def having(gpus):
+        for number in range(gpus):
+            (tmp_path / "gpus" / f"0000:{number:02}:00.0").mkdir(parents=True)
+
+    return having
+
+
+def test_of_gpus_that_cannot_be_counted_each_process_takes_one(node):
+    node(0)
+    assert hosts.joining(SLURM)["local_device_ids"] == [1]
+
+
+@pytest.mark.parametrize("more, gpus", [
+    ({}, 1), ({}, 3), ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "4"}, 8),
+])
+def test_processes_that_cannot_share_the_gpus_evenly_name_the_cure(more, gpus, node):
+    node(gpus)
+    with pytest.raises(ConfigError, match="cannot share a node's . GPUs evenly: start as many on each node as divide"):
+        hosts.joining(SLURM | more)
 
 
 def test_flags_come_before_the_environment():
@@ -103,11 +133,26 @@ errors.run(main)
 """
 
 
+WAIT = """
+import sys, threading
+from lm_jax import hosts
+hosts.LOST = 5
+hosts.start(*sys.argv[1:])
+hosts.exchange("hello", "")
+print("here", flush=True)
+threading.Event().wait()
+"""
+
+
 def launch(argv=(), timeout=60, **env):
     """A process that joins, says hello, fails alone, and disagrees."""
+    return python(JOIN.format(timeout=timeout), argv, **env)
+
+
+def python(code, argv, **env):
     env = os.environ | env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", JOIN.format(timeout=timeout), *argv], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", code, *argv], env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
 
 def free_port() -> int:
@@ -140,6 +185,19 @@ def test_a_process_whose_others_do_not_come_ends_in_time_and_says_so():
     for process in (first, second):
         out, err = process.communicate(timeout=60)
         assert process.returncode == 2 and "did not find each other in 2 s: start all of them" in err, err
+
+
+@pytest.mark.parametrize("rank, how", [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGINT)])
+def test_a_process_that_dies_or_fails_alone_ends_the_other(rank, how):
+    """Which waits for something else, as for a collective of devices: only JAX's coordinator can tell it."""
+    port = free_port()
+    running = [python(WAIT, [f"127.0.0.1:{port}", "2", str(number)]) for number in range(2)]
+    for process in running:
+        next(line for line in process.stdout if line == "here\n")
+    running[rank].send_signal(how)
+    _, err = running[1 - rank].communicate(timeout=30)
+    assert running[1 - rank].returncode != 0, err
+    assert running[rank].wait() != 0
 
 
 def test_rows_go_where_their_devices_are(rng):

@@ -1,5 +1,6 @@
 """Processes on one machine, joined as the hosts of a pod are: the numbers of one, on any mesh and through restarts."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -37,8 +38,8 @@ def start(folder, processes, *more):
     return launch(processes, "-m", "lm_jax.train", *SETTINGS, *where, *more)
 
 
-def launch(processes, *argv):
-    """Python processes of a device each, that join by flags."""
+def launch(processes, *argv, own=((), ())):
+    """Python processes of a device each, that join by flags; some may have flags of their own."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -46,6 +47,7 @@ def launch(processes, *argv):
                         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     join = [(f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={rank}")
             for rank in range(processes)] if processes > 1 else [()]
+    join = [flags + more for flags, more in itertools.zip_longest(join, own[:processes], fillvalue=())]
     return [subprocess.Popen([sys.executable, *argv, *flags], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT) for flags in join]
 
@@ -57,8 +59,22 @@ def ended(running):
 
 
 def losses(folder):
-    return {(row["step"], row.get("tag")): row.get("loss", row.get("val_loss"))
-            for row in map(json.loads, (folder / "metrics.jsonl").open())}
+    return column(folder, "loss") | column(folder, "val_loss")
+
+
+def column(folder, name):
+    """A number of all rows that have it."""
+    rows = map(json.loads, (folder / "metrics.jsonl").open())
+    return {(row["step"], row.get("tag")): row[name] for row in rows if name in row}
+
+
+def test_folders_of_their_own_are_refused_on_all_before_data_are_made(tmp_path):
+    flags = [(f"--workdir={tmp_path / name}", f"--config.data.root={tmp_path / 'data'}") for name in ("own0", "own1")]
+    codes, outputs = ended(launch(2, "-m", "lm_jax.train", *SETTINGS, own=flags))
+    assert codes == [2, 2], outputs
+    for output in outputs:
+        assert f"--workdir={tmp_path / 'own1'} must be a folder that all processes share" in output
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.fixture(scope="module")
@@ -102,18 +118,43 @@ def test_a_run_goes_on_with_another_number_of_processes_and_the_same_batches(run
         assert losses(folder / name) == pytest.approx(losses(folder / "one"), rel=1e-5)
 
 
-def test_a_signal_to_one_process_stops_both_after_the_same_step_saved(tmp_path):
+def test_the_same_processes_go_on_bit_for_bit(runs):
+    folder, _ = runs
+    broken(folder / "two", folder / "again", after=4)
+    codes, outputs = ended(start(folder / "again", 2, *BRIEF))
+    assert codes == [0, 0] and "resumed at step 4" in outputs[0], outputs
+    for name in ("loss", "val_loss", "grad_norm", "update_norm", "param_norm"):
+        assert column(folder / "again", name) == column(folder / "two", name) != {}
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_both_after_the_same_step_saved(tmp_path, sent):
     running = start(tmp_path / "run", 2, "--config.train.steps=100000", "--config.train.eval_every=100000")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.time() + 100
     while time.time() < deadline and not (metrics.exists() and '"step": 5,' in metrics.read_text()):
         time.sleep(0.2)
-    running[1].send_signal(signal.SIGTERM)
+    running[1].send_signal(sent)
     codes, outputs = ended(running)
     assert codes == [75, 75], outputs
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "stopped"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(summary["steps"])]
+
+
+def test_a_second_interrupt_of_one_of_many_kills_it():
+    code = """
+import os, signal, jax
+from lm_jax import trainer
+jax.process_count = lambda: 2
+signal.signal(signal.SIGTERM, lambda *_: print("told JAX", flush=True))
+with trainer._signals():
+    os.kill(os.getpid(), signal.SIGINT)
+    print("goes on", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+    codes, outputs = ended(launch(1, "-c", code))
+    assert codes == [-signal.SIGINT] and outputs == ["told JAX\ngoes on\n"], outputs
 
 
 def test_four_processes_give_the_numbers_of_one_on_any_mesh(tmp_path):
