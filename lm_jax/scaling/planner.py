@@ -94,16 +94,15 @@ def gradients(fit: Fit, points: np.ndarray) -> np.ndarray:
 
 
 def doubt(fit: Fit) -> np.ndarray:
-    """Covariance of the coordinates, where the data say nothing that of the prior."""
-    known = np.linalg.pinv(fit.covariance(), hermitian=True)
-    return np.linalg.inv(known + np.eye(len(fit.theta)) / PRIOR**2)
+    """Covariance of the coordinates if runs scatter by their noise alone; where they say nothing, the prior's."""
+    J = fit.problem().jacobian(fit.theta)
+    return np.linalg.inv(J.T @ J / noise(fit) ** 2 + np.eye(len(fit.theta)) / PRIOR**2)
 
 
 def noise(fit: Fit) -> float:
-    """Standard deviation of one run's log loss that makes least squares as sure as the fit says it is."""
-    J, _ = fit.spared()
-    values = np.linalg.eigvalsh(fit.covariance()), np.linalg.eigvalsh(np.linalg.inv(J.T @ J))
-    return float(np.exp(np.mean([np.log(a / b) for a, b in zip(*values) if a > 0 and b > 0]) / 2))
+    """Standard deviation of one run's log loss. Of all residuals, outliers too: a robust fit to few runs goes through
+    most of them, and would know no noise."""
+    return float(np.sqrt(np.sum(fit.residuals**2) / max(fit.n - len(fit.theta), 1)))
 
 
 def _greedy(C, s, J, g, costs, budget, most, thrift: float) -> list[tuple[int, float]]:
