@@ -31,6 +31,7 @@ class Device:
     per_chip: int = 1  # JAX devices
     cores: int = 1  # TensorCores of a chip; v2 to v5p are sold by them
     tpu_name: str = ""  # of the topology that the TPU compiler knows
+    compute: str = ""  # CUDA's compute capability, which says what cuDNN has: none on AMD
 
     @property
     def usable(self) -> float:
@@ -44,9 +45,9 @@ def _tpu(name, kinds, flops, memory, memory_rate, link, torus, domain, network, 
                   domain, network / 8 * 1e9, host, dollars, tpu_name=more.pop("tpu_name", name), **more)
 
 
-def _gpu(name, kinds, flops, memory, memory_rate, link, domain, network, dollars, *, host=8):
+def _gpu(name, kinds, compute, flops, memory, memory_rate, link, domain, network, dollars, *, host=8):
     return Device(name, "gpu", kinds, flops * 1e12, flops / 2 * 1e12, memory * GIB, memory_rate * 1e9, link * 1e9, 0,
-                  domain, network / 8 * 1e9, host, dollars)
+                  domain, network / 8 * 1e9, host, dollars, compute=compute)
 
 
 # TPU: cloud.google.com/tpu/docs, a page a generation, read 2026-11 (ICI is half of the bidirectional rate there; DCN in
@@ -64,20 +65,20 @@ TABLE = (
     _tpu("v5p", ("TPU v5", "TPU v5p"), 459, 95.74, 2765, 600, 3, 8960, 50, 4.20, cores=2),
     _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918, 31.25, 1638, 400, 2, 256, 100, 2.70),
     _tpu("v7x", ("TPU7", "TPU7x"), 2307, 189.5, 7380, 600, 3, 9216, 100, 12.00, per_chip=2, tpu_name="tpu7x"),
-    #    name     device kinds  TFLOP/s  GiB  GB/s  NVLink  domain  Gb/s  $/h
-    _gpu("a100-40", ("A100-SXM4-40GB", "A100-PCIE-40GB"), 312, 39.4, 1555, 300, 8, 200, 1.29),
-    _gpu("a100", ("A100",), 312, 79.2, 2039, 300, 8, 200, 2.70),
-    _gpu("l4", ("L4",), 121, 22.0, 300, 32, 8, 12.5, 0.71),
-    _gpu("l40s", ("L40S",), 362, 44.4, 864, 32, 8, 50, 2.25),
-    _gpu("h100", ("H100",), 989, 79.1, 3350, 450, 8, 400, 6.16),
-    _gpu("h100-pcie", ("H100 PCIe",), 756, 79.1, 2039, 64, 8, 50, 2.49),
-    _gpu("h100-nvl", ("H100 NVL",), 835, 93.1, 3938, 300, 2, 50, 6.98, host=2),
-    _gpu("h200", ("H200",), 989, 139.8, 4800, 450, 8, 400, 6.31),
-    _gpu("h200-nvl", ("H200 NVL",), 835, 139.8, 4800, 450, 4, 50, 6.31, host=4),
-    _gpu("gh200", ("GH200",), 989, 95.0, 4000, 450, 1, 400, 6.50, host=1),
-    _gpu("b200", ("B200",), 2250, 178.4, 8000, 900, 8, 400, 8.60),
-    _gpu("gb200", ("GB200",), 2500, 184.3, 8000, 900, 72, 400, 10.50, host=4),
-    _gpu("mi300x", ("MI300X",), 1307, 191.7, 5300, 448, 8, 400, 6.00),
+    #    name     device kinds  CUDA  TFLOP/s  GiB  GB/s  NVLink  domain  Gb/s  $/h
+    _gpu("a100-40", ("A100-SXM4-40GB", "A100-PCIE-40GB"), "8.0", 312, 39.4, 1555, 300, 8, 200, 1.29),
+    _gpu("a100", ("A100",), "8.0", 312, 79.2, 2039, 300, 8, 200, 2.70),
+    _gpu("l4", ("L4",), "8.9", 121, 22.0, 300, 32, 8, 12.5, 0.71),
+    _gpu("l40s", ("L40S",), "8.9", 362, 44.4, 864, 32, 8, 50, 2.25),
+    _gpu("h100", ("H100",), "9.0", 989, 79.1, 3350, 450, 8, 400, 6.16),
+    _gpu("h100-pcie", ("H100 PCIe",), "9.0", 756, 79.1, 2039, 64, 8, 50, 2.49),
+    _gpu("h100-nvl", ("H100 NVL",), "9.0", 835, 93.1, 3938, 300, 2, 50, 6.98, host=2),
+    _gpu("h200", ("H200",), "9.0", 989, 139.8, 4800, 450, 8, 400, 6.31),
+    _gpu("h200-nvl", ("H200 NVL",), "9.0", 835, 139.8, 4800, 450, 4, 50, 6.31, host=4),
+    _gpu("gh200", ("GH200",), "9.0", 989, 95.0, 4000, 450, 1, 400, 6.50, host=1),
+    _gpu("b200", ("B200",), "10.0", 2250, 178.4, 8000, 900, 8, 400, 8.60),
+    _gpu("gb200", ("GB200",), "10.0", 2500, 184.3, 8000, 900, 72, 400, 10.50, host=4),
+    _gpu("mi300x", ("MI300X",), "", 1307, 191.7, 5300, 448, 8, 400, 6.00),
 )
 DEVICES = {device.name: device for device in TABLE}
 UNKNOWN = ("MIG", "TPU v4 lite")  # in a kind: a part of a device, and one that cannot be rented

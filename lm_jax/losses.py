@@ -99,7 +99,7 @@ def parts_of(B: int, T: int, V: int) -> int:
     parts = next((n for n in range(least, own + 1) if own % n == 0), None)
     if parts is None or parts > max(32, 4 * least):
         raise ConfigError(f"{size:,} logits on a device are made {CHUNK:,} at a time, and a vocabulary of {V:,} has no "
-                          f"divisor for it: set model.vocab={-(-V // 128) * 128}, or use more train.microbatches")
+                          f"divisor for it: use more train.microbatches, or set model.vocab={-(-V // 128) * 128}")
     return parts
 
 

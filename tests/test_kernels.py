@@ -6,13 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
 import tiny
-from lm_jax import parallel
-from lm_jax.config import ConfigError, MeshConfig
+from lm_jax import hosts, losses, optim, parallel, trainer
+from lm_jax.config import ConfigError, MeshConfig, OptimConfig
+from lm_jax.devices import TABLE
 from lm_jax.models import cudnn, kernels, ring, splash
+from lm_jax.models.layers import kinds
 from lm_jax.models.layouts import Layout
+from lm_jax.models.transformer import Transformer, make
 
 RULES = {
     "causal": dict(causal=True),
@@ -129,6 +133,7 @@ def test_what_a_ring_sends():
     parts_once = 2 + layouts
     dealt, round_trip, back = 2 * (3 + layouts) + 2, 2 * (n - 1) * parts_once + 2 * n, 2 * 3 + 2
     assert sum(sent) == dealt + round_trip + back
+    assert set(sent) == {1}, "each hop is an op of its own: on CPUs, two passages of one op mix up what they send"
 
 
 def test_runs_of_segments_are_starts_and_lengths(rng):
@@ -142,15 +147,19 @@ def test_runs_of_segments_are_starts_and_lengths(rng):
     assert most == max(len(np.unique(row)) for row in segments)
 
 
-CUDA = dict(check_cudnn_version=lambda: 91000, check_compute_capability=lambda least: True,
-            is_cuda_compute_capability_equal=lambda this: False)
+def pretend_hopper(monkeypatch):
+    """JAX asks the GPU whether it has the kernel."""
+    answers = dict(check_cudnn_version=lambda: 91000, check_compute_capability=lambda least: True,
+                   is_cuda_compute_capability_equal=lambda this: False)
+    for name, answer in answers.items():
+        monkeypatch.setattr(fused, name, answer)
+    monkeypatch.setattr(cudnn, "is_here", lambda: True)
 
 
 @pytest.mark.parametrize("mesh", [{}, dict(fsdp=2, model=4)], ids=str)
 def test_cudnn_is_lowered_for_a_gpu_that_is_not_here(mesh, monkeypatch):
     """With windows of some layers, forward and backward: what is sent to cuDNN, not what it answers."""
-    for name, answer in CUDA.items():
-        monkeypatch.setattr(fused, name, answer)
+    pretend_hopper(monkeypatch)
     (q, k, v, _), layout, _ = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 2 else x, parts(128, B=4, H=64))
     total = lambda q, slides: cudnn.cudnn(q, k, v, layout, layout, causal=True, scale=0.25, window=16,
                                           sliding=slides).astype(jnp.float32).sum()
@@ -164,6 +173,22 @@ def test_cudnn_is_lowered_for_a_gpu_that_is_not_here(mesh, monkeypatch):
         assert f"tensor<{rows}x128x{heads}x64xbf16>" in call and f"tensor<{rows}x{cudnn.SEGMENTS + 1}xi32>" in call
     windows = [call.split("sliding_window_length\\22: ")[1].split(",")[0] for call in calls]
     assert sorted(windows) == ["0", "0", "16", "16"]
+
+
+@pytest.mark.parametrize("window", [0, 16])
+def test_where_there_is_no_gpu_the_types_are_cudnns(window, monkeypatch):
+    """What is kept for the backward pass too, so that a plan counts its bytes."""
+    def types():
+        def attended(q, k, v):  # not under the cond, which keeps what either branch does
+            monkeypatch.setattr(jax.lax, "cond", lambda _, packed, plain: packed())
+            return cudnn.cudnn(q, k, v, layout, layout, causal=True, scale=0.25, window=window)
+        kept = jax.eval_shape(lambda *qkv: jax.vjp(attended, *qkv), q, k, v)
+        return sorted(str((x.shape, x.dtype)) for x in jax.tree.leaves(kept) if x.size)
+
+    (q, k, v, _), layout, _ = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 2 else x, parts(128, H=64))
+    elsewhere = types()
+    pretend_hopper(monkeypatch)
+    assert elsewhere == types()
 
 
 def test_rows_with_more_documents_than_cudnn_has_room_for(monkeypatch):
@@ -189,12 +214,17 @@ def test_cudnn_shows_what_the_mask_shows(rule, packing):
     jax.tree.map(close, got, expected)
 
 
-def mesh_of(platform: str, **sizes):
+KINDS = {"cpu": "cpu", "tpu": "TPU v5p", "gpu": "NVIDIA H100 80GB HBM3"}
+
+
+def mesh_of(platform: str, *, kind="", **sizes):
     """An abstract mesh of devices that are not here."""
     devices = int(np.prod(list(sizes.values()) or [1]))
-    return parallel.abstract_mesh(MeshConfig(**dict(fsdp=1) | sizes), devices, platform=platform)
+    kind = kind or KINDS[platform]
+    return parallel.abstract_mesh(MeshConfig(**dict(fsdp=1) | sizes), devices, platform=platform, kind=kind)
 
 
+CROWDED = "rows of more than 32 documents: xla"
 CHOICES = [  # platform, mesh, model, what is chosen for rows of 256 tokens
     ("cpu", {}, {}, "xla"),
     ("cpu", dict(sequence=2), {}, "xla"),
@@ -205,7 +235,7 @@ CHOICES = [  # platform, mesh, model, what is chosen for rows of 256 tokens
     ("tpu", {}, dict(positions="alibi"), "xla"),
     ("tpu", {}, dict(dropout=0.1), "xla"),
     ("tpu", {}, dict(encoder_depth=1), "splash; cross: xla; cache: xla"),
-    ("gpu", {}, dict(dtype="bfloat16"), "cudnn; cache: xla"),
+    ("gpu", {}, dict(dtype="bfloat16"), f"cudnn; cache: xla; {CROWDED}"),
     ("gpu", {}, {}, "xla"),
     ("gpu", {}, dict(dtype="bfloat16", attention_softcap=3.0), "xla"),
     ("gpu", dict(sequence=2), dict(dtype="bfloat16", sinks=True), "ring; cache: xla"),
@@ -218,6 +248,72 @@ def test_the_choice_follows_platform_mesh_and_model(platform, mesh, changes, exp
     cfg = tiny.settings(**changes)
     with jax.sharding.use_abstract_mesh(mesh_of(platform, **mesh)):
         assert kernels.chosen(cfg, 256, 256) == expected
+
+
+@pytest.mark.parametrize("device", [d for d in TABLE if d.platform == "gpu"], ids=lambda d: d.name)
+def test_a_plan_chooses_for_each_gpu_what_it_will_choose_itself(device):
+    """cuDNN's packed rows want Hopper, or Blackwell of data centres: not Ampere, Ada or AMD, nor what nobody knows."""
+    new = device.name in ("h100", "h100-pcie", "h100-nvl", "h200", "h200-nvl", "gh200", "b200", "gb200")
+    with jax.sharding.use_abstract_mesh(mesh_of("gpu", kind=device.kinds[0])):
+        assert (kernels.choose(tiny.settings(dtype="bfloat16"), 256) == "cudnn") == new
+
+
+def test_a_gpu_that_nobody_knows_has_no_cudnn():
+    cfg = tiny.settings(dtype="bfloat16", attention="cudnn")
+    with jax.sharding.use_abstract_mesh(mesh_of("gpu", kind="NVIDIA B1")):
+        with pytest.raises(ConfigError, match="NVIDIA B1, compute capability not known: xla can"):
+            kernels.choose(cfg, 256)
+
+
+WHOLE = [  # platform, mesh, family, model, what is chosen for rows of 256 tokens
+    ("tpu", {}, "decoder", {}, "splash"),
+    ("tpu", dict(fsdp=2, model=2), "decoder", dict(window=8, sinks=True, attention_softcap=3.0), "splash"),
+    ("tpu", dict(sequence=2), "decoder", dict(sinks=True, attention_softcap=3.0), "ring"),
+    ("tpu", {}, "encoder", {}, "splash"),
+    ("tpu", {}, "encoder_decoder", {}, "xla"),
+    ("gpu", {}, "decoder", {}, "cudnn"),
+    ("gpu", dict(fsdp=2, model=2), "decoder", dict(window=8, window_pattern="SF"), "cudnn"),
+    ("gpu", {}, "experts", dict(remat="full"), "cudnn"),
+    ("gpu", {}, "encoder", {}, "cudnn"),
+    ("gpu", {}, "encoder_decoder", dict(positions="rope"), "cudnn"),
+    ("gpu", dict(sequence=2), "decoder", dict(window=8), "ring"),
+    ("gpu", {}, "decoder", dict(attention_softcap=3.0), "xla"),
+]
+
+
+@pytest.mark.parametrize("platform, mesh, family, changes, name", WHOLE, ids=str)
+def test_whole_models_are_traced_for_every_kernel_that_auto_chooses(platform, mesh, family, changes, name):
+    """The loss and its gradient in bfloat16, by types: a kernel is never asked for what it has no argument for."""
+    cfg = tiny.settings(family, dtype="bfloat16", max_length=256, **changes)
+    batch = (tiny.pairs if cfg.encoder_depth else tiny.rows)(batch=4, lengths=(100, 150), padding=6)
+    if cfg.encoder_depth:
+        batch["source"] = tiny.rows(batch=4, lengths=(100, 150), padding=6)
+    with jax.sharding.use_abstract_mesh(mesh_of(platform, **mesh)):
+        assert kernels.choose(cfg, 256) == name
+        laid = jax.tree.map(lambda x: jax.eval_shape(lambda: parallel.constrain(jnp.zeros(x.shape, x.dtype), "BT")), batch)
+        model = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+        value, _, grads = jax.eval_shape(tiny.score, model, laid)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert value.dtype == jnp.float32 and jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+
+
+def test_many_steps_on_a_ring_are_those_without_one():
+    """What devices send each other arrives where it should, time after time."""
+    def losses_of(attention):
+        cfg, o = tiny.settings(depth=1, attention=attention), OptimConfig(warmup=1, eps=1e-3)
+        mesh = parallel.make_mesh(MeshConfig(fsdp=2, sequence=4))
+        with jax.sharding.set_mesh(mesh):
+            model = make(cfg, seed=0)
+            tx = optim.make(o, 30, kinds(model))
+            step = trainer.make_step(losses.next_token, tx, optim.schedule(o, 30), microbatches=1)
+            step = jax.jit(step, compiler_options=tiny.QUICK)
+            state, found = trainer.begin(model, tx), []
+            for seed in range(30):
+                state, metrics = step(state, hosts.put_batch(tiny.rows(seed)), jax.random.key(0))
+                found.append(metrics["loss"])
+            return np.asarray(jax.device_get(found))
+
+    np.testing.assert_allclose(losses_of("ring"), losses_of("xla"), rtol=1e-5)
 
 
 def test_lengths_and_prefixes_have_their_say():

@@ -24,6 +24,8 @@ MESHES = {
     "replica 2, fsdp 2, model 2": dict(replica=2, fsdp=2, model=2),
     "fsdp 2, sequence 2, model 2": dict(fsdp=2, sequence=2, model=2),
     "expert 2, fsdp 2, model 2": dict(expert=2, fsdp=2, model=2),
+    "ring: sequence 4, fsdp 2": dict(sequence=4, fsdp=2),
+    "ring: sequence 2, fsdp 2, model 2": dict(sequence=2, fsdp=2, model=2),
 }
 FAMILIES = {
     "decoder": dict(depth=1, kv_heads=2, tied=False, sinks=True),  # fewer key heads than shards of the model
@@ -31,8 +33,10 @@ FAMILIES = {
     "encoder_decoder": dict(depth=1, encoder_depth=1),
     "experts": dict(depth=1),
 }
-# An expert axis is one more fsdp axis for a model without experts.
-CASES = [(family, mesh) for mesh in MESHES for family in FAMILIES if "expert" not in mesh or family == "experts"]
+ASKED = {mesh: dict(attention="ring") if mesh.startswith("ring") else {} for mesh in MESHES}
+# An expert axis is one more fsdp axis for a model without experts; rings have no biases and no cross-attention.
+CASES = [(family, mesh) for mesh in MESHES for family in FAMILIES
+         if ("expert" not in mesh or family == "experts") and ("ring" not in mesh or family != "encoder_decoder")]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def test_a_step_is_the_same_on_every_mesh_and_goes_on_on_any_other(family, mesh,
         newest[family] = tmp_path / "alone"
         saved(newest[family], first[0])
     with on(MESHES[mesh]):
-        here = Run(family, parts=parts)
+        here = Run(family, parts=parts, **ASKED[mesh])
         np.testing.assert_allclose(here.first[1], first[1], rtol=1e-5)
         same(here.first[0], first[0])
         assert_optimizer_lies_as_the_weights_do(here.first[0])
@@ -81,9 +85,9 @@ def test_on_one_mesh_a_run_gone_on_is_the_unbroken_one_bit_for_bit(tmp_path):
 class Run:
     """A tiny model and its jitted step on the mesh in use, with the states after its first and second step."""
 
-    def __init__(self, family, *, parts):
+    def __init__(self, family, *, parts, **asked):
         self.family, o = family, OptimConfig(warmup=1, eps=1e-3)  # else Adam takes the sign of zero gradients' noise
-        model = placed(tiny.model(family, **FAMILIES[family]))
+        model = placed(tiny.model(family, **FAMILIES[family] | asked))
         tx = optim.make(o, 3, kinds(model))
         step = trainer.make_step(losses.next_token, tx, optim.schedule(o, 3), microbatches=parts)
         self.compiled = jax.jit(step, compiler_options=tiny.QUICK)

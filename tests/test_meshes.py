@@ -1,6 +1,5 @@
 """Meshes: weights that do not depend on them, layouts by the letters, and every config traced on its own mesh."""
 
-import dataclasses
 import pathlib
 import runpy
 
@@ -8,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import tiny
-from lm_jax import config, parallel
+from lm_jax import config, parallel, trainer
 from lm_jax.config import ConfigError, MeshConfig
-from lm_jax.data import examples
-from lm_jax.models.transformer import Transformer, make
+from lm_jax.models.transformer import make
+from lm_jax.preflight import program
+from lm_jax.recipes import pretrain
 
 
 @pytest.mark.parametrize("family, axes, shape", [
@@ -40,46 +39,31 @@ CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
 LARGE = {"1b": 256, "8b": 256, "moe": 256, "70b": 512}  # devices
 
 
+KINDS = {"tpu": "TPU v5p", "gpu": "NVIDIA H100 80GB HBM3"}
+
+
+@pytest.mark.parametrize("platform", KINDS)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_traces_on_its_mesh(path):
-    """The whole loss and its gradient by types alone: nothing is allocated, and a wrong layout is an error here."""
-    c = config.resolve(runpy.run_path(str(path))["get_config"]())
-    sizes = parallel.mesh_sizes(c.mesh, LARGE.get(path.stem, 8))
-    m = dataclasses.replace(c.model, vocab=c.model.vocab or c.data.vocab)
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
+def test_every_config_traces_on_its_mesh(path, platform):
+    """The whole step by types alone, with the platform's kernels: nothing is allocated, and a wrong layout is an error
+    here."""
+    c = pretrain.planned(config.resolve(runpy.run_path(str(path))["get_config"]()))
+    mesh = parallel.abstract_mesh(c.mesh, LARGE.get(path.stem, 8), platform=platform, kind=KINDS[platform])
+    traced = program.abstract(c, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
-        model = jax.eval_shape(lambda: Transformer(m, rngs=nnx.Rngs(0)))
-        grads = jax.eval_shape(lambda model, batch: tiny.score(model, batch)[2], model, abstract(c))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    jax.tree.map(lambda w, g: (w.shape, w.dtype, w.sharding.spec) == (g.shape, g.dtype, g.sharding.spec) or
-                 pytest.fail(f"a gradient {g} for a weight {w}"), params, grads)
+        state, _ = jax.eval_shape(traced.step, traced.state, traced.batch, traced.key)
+    same = lambda old, new: (old.shape, old.dtype, old.sharding.spec) == (new.shape, new.dtype, new.sharding.spec)
+    jax.tree.map(lambda old, new: same(old, new) or pytest.fail(f"{new} after a step on {old}"), traced.state, state)
     if path.stem in LARGE:
-        held = sum(w.size // held_by(w.sharding.spec, sizes) for w in jax.tree.leaves(params))
-        assert held < 1.05 * sum(w.size for w in jax.tree.leaves(params)) / (sizes["fsdp"] * sizes["model"])
+        sizes, params = dict(mesh.shape), jax.tree.leaves(trainer.parameters(state.model))
+        held = sum(w.size // held_by(w.sharding.spec, sizes) for w in params)
+        assert held < 1.05 * sum(w.size for w in params) / (sizes["fsdp"] * sizes["model"])
 
 
 def held_by(spec: PartitionSpec, sizes: dict) -> int:
     """Among how many devices a weight is divided."""
     axes = [a for axis in spec if axis for a in ((axis,) if isinstance(axis, str) else axis)]
     return int(np.prod([sizes[a] for a in axes]))
-
-
-def abstract(c: config.Config) -> dict:
-    """The types of one microbatch."""
-    B = c.train.batch // c.train.microbatches
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def rows(T, keys):
-        layout = NamedSharding(mesh, parallel.activation("BT", (B, T)))
-        dtype = lambda key: jnp.float32 if "weights" in key else jnp.int32
-        return {key: jax.ShapeDtypeStruct((B, T), dtype(key), sharding=layout) for key in keys}
-
-    batch = rows(examples.target_length(c.data), ("tokens", "targets", "weights", "positions", "segments"))
-    if c.model.encoder_depth:
-        batch["source"] = rows(c.data.length, ("tokens", "positions", "segments"))
-    if c.model.head == "bert":
-        batch |= rows(c.data.length, ("types", "pair_targets", "pair_weights"))
-    return batch
 
 
 def test_what_does_not_divide_is_replicated_and_said():

@@ -61,8 +61,8 @@ class Attention(nnx.Module):
         name = kernels.choose(cfg, q_BTNH.shape[1], use=use, prefix=query.order_BT is not None)
         drop = partial(dropout, rate=cfg.dropout, key=key) if key is not None and cfg.dropout else None
         y_BTNH = kernels.attend(
-            name, q_BTNH, *kv, query, slots, scale=attention_scale(cfg), softcap=cfg.attention_softcap, drop=drop,
-            sinks_N=None if self.sinks is None else self.sinks[...], **asked)
+            name, q_BTNH, *kv, query, slots, scale=attention_scale(cfg), softcap=cfg.attention_softcap or None,
+            drop=drop, sinks_N=None if self.sinks is None else self.sinks[...], **asked)
         return self.out(y_BTNH)
 
 

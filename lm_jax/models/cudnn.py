@@ -35,6 +35,8 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, query: Layout, key: Layout, *, causal, scale, 
 
         def rows(window):
             def packed():
+                if not is_here():
+                    return _types(q_BTNH, k_BSNH, v_BSNH, starts_BM, lengths_BM)
                 return fused.dot_product_attention(
                     q_BTNH, k_BSNH, v_BSNH, q_seqlen=lengths_BM, kv_seqlen=lengths_BM, q_offsets=starts_BM,
                     kv_offsets=starts_BM, scale=scale, sliding_window_length=window or None,
@@ -52,6 +54,12 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, query: Layout, key: Layout, *, causal, scale, 
                               slides, letters=letters)
 
 
+def is_here() -> bool:
+    """Whether this process has a GPU with the kernel, which JAX asks even of a program that is only traced."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return jax.default_backend() == "gpu" and capability.split(".")[0] in GENERATIONS
+
+
 def runs(segments_BT):
     """Where each run of equal segments starts [B, M + 1] and how long it is [B, M], -1 where a row has fewer, and the
     most runs that any row has; M is SEGMENTS, or T if that is less. Padding is a run: each token is in one."""
@@ -63,6 +71,26 @@ def runs(segments_BT):
     starts_BM = jnp.cumsum(lengths_BM, 1, dtype=jnp.int32) - lengths_BM
     hide = lambda x_BM: jnp.where(lengths_BM > 0, x_BM, -1)
     return jnp.pad(hide(starts_BM), ((0, 0), (0, 1)), constant_values=-1), hide(lengths_BM), run_BT.max() + 1
+
+
+@jax.custom_vjp
+def _types(q_BTNH, k_BSNH, v_BSNH, starts_BM, lengths_BM):
+    """What the kernel gives and keeps, by type, for programs that are planned where it is not; NaN if one is run."""
+    return q_BTNH * jnp.nan
+
+
+def _types_forward(*args):
+    q_BTNH, *_, lengths_BM = args
+    y_BTNH = _types(*args)
+    sums_BNT = jnp.swapaxes(y_BTNH.astype(jnp.float32).sum(-1), 1, 2)
+    return y_BTNH, (*args, y_BTNH, jnp.repeat(sums_BNT, lengths_BM.shape[1], axis=0))  # sums for each segment
+
+
+def _types_backward(kept, dy_BTNH):
+    return *(x * dy_BTNH.sum() for x in kept[:3]), None, None
+
+
+_types.defvjp(_types_forward, _types_backward)
 
 
 def _chunked(q_BTNH, k_BSKH, v_BSKH, layout: Layout, **rule):

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import jax
 
-from lm_jax import parallel
+from lm_jax import devices, parallel
 from lm_jax.config import ConfigError, TransformerConfig
-from lm_jax.models.cudnn import GENERATIONS, cudnn
+from lm_jax.models.cudnn import GENERATIONS, SEGMENTS, cudnn
 from lm_jax.models.layouts import Layout
 from lm_jax.models.ring import ring
 from lm_jax.models.splash import LANES, splash
 from lm_jax.models.xla import xla
+
 
 def attend(name: str, q_BTNH, k_BSKH, v_BSKH, query: Layout, key: Layout, **asked):
     """y_BTNH by the kernel of this name; of what is `asked`, None is not."""
@@ -45,12 +46,17 @@ def choose(cfg: TransformerConfig, length: int | None = None, *, use: str = "row
 
 
 def chosen(cfg: TransformerConfig, length: int, source: int = 0, *, prefix: bool = False) -> str:
-    """What `choose` chooses for a whole model, for people: "splash; cache: xla". `source` tokens enter the encoder."""
+    """What `choose` chooses for a whole model, for people: "splash; cache: xla". `source` tokens enter the encoder.
+
+    Of cudnn it is said what it leaves to plain XLA, row by row.
+    """
     main = choose(cfg, length, prefix=prefix)
     others = {"encoder": choose(cfg, source)} if cfg.encoder_depth else {}
     others |= {"cross": choose(cfg, use="cross")} if cfg.encoder_depth else {}
     others |= {"cache": choose(cfg, use="cache")} if cfg.causal else {}
-    return "; ".join([main] + [f"{use}: {name}" for use, name in others.items() if name != main])
+    said = [main] + [f"{use}: {name}" for use, name in others.items() if name != main]
+    crowded = f"rows of more than {SEGMENTS} documents: xla"
+    return "; ".join(said + [crowded] * any("cudnn" in one for one in said))
 
 
 def _lacks(kernel: "Kernel", cfg, length, use, prefix):
@@ -86,9 +92,18 @@ def _cudnn_limits(cfg, length, shards):
         yield f"heads of {cfg.sizes['H']}, no multiple of 8 up to 256"
     if cfg.window and (not cfg.causal or cfg.encoder_depth):
         yield "model.window where tokens are seen both ways"
-    here = getattr(jax.devices()[0], "compute_capability", "") if jax.default_backend() == "gpu" else GENERATIONS[0]
-    if here.split(".")[0] not in GENERATIONS:
-        yield f"compute capability {here}"
+    capability = _compute_capability()
+    if capability.split(".")[0] not in GENERATIONS:
+        yield f"{parallel.device_kind()}, compute capability {capability or 'not known'}"
+
+
+def _compute_capability() -> str:
+    """CUDA's name for what the devices in use can do, by the table if they are not here; "" where none is known."""
+    here, kind = jax.devices()[0], parallel.device_kind()
+    if here.device_kind == kind:
+        return getattr(here, "compute_capability", "")
+    device = devices.of_kind(kind)
+    return device.compute if device else ""
 
 
 def _ring_limits(cfg, length, shards):

@@ -82,11 +82,9 @@ def _forward(rule, q, kv, layout: Layout, sinks, window):
             done.append(seen)
         return _joined(*done)
 
-    def hop(_, carry):
-        seen, theirs = carry
-        return all_pairs(seen, theirs), _passed(theirs)
-
-    seen, theirs = jax.lax.fori_loop(0, jax.lax.axis_size(AXIS) - 1, hop, (seen, (kv, layout)))
+    theirs = kv, layout
+    for _ in range(jax.lax.axis_size(AXIS) - 1):  # each hop an op of its own: on CPUs, passages of one op race
+        seen, theirs = all_pairs(seen, theirs), _passed(theirs)
     highest, total, y = all_pairs(seen, theirs)
     total = jnp.where(total > 0, total, 1)
     sums = jnp.where(highest > LOWEST, highest + jnp.log(total), 0)
@@ -117,13 +115,10 @@ def _backward(rule, kept, dy):
                                              mine, other, dq[i], dkv[j])
         return _joined(*dq), _joined(*dkv)
 
-    def hop(_, carry):
-        dq, dkv, theirs = carry
+    (dq, dkv), theirs = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (q, kv)), (kv, layout)
+    for _ in range(jax.lax.axis_size(AXIS) - 1):
         dq, dkv = all_pairs(dq, dkv, theirs)
-        return dq, _passed(dkv), _passed(theirs)
-
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (q, kv))
-    dq, dkv, theirs = jax.lax.fori_loop(0, jax.lax.axis_size(AXIS) - 1, hop, (*zeros, (kv, layout)))
+        dkv, theirs = _passed((dkv, theirs))
     dq, dkv = all_pairs(dq, dkv, theirs)
     dq, dkv = jax.tree.map(lambda dx, x: dx.astype(x.dtype), (dq, _passed(dkv)), (q, kv))
     dsinks = None if sinks is None else -(jnp.exp(sinks - sums) * delta).sum((0, 1)).astype(sinks.dtype)
