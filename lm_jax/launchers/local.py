@@ -160,7 +160,7 @@ class Pool:
         """Try once more a point that has no result, or give it up."""
         self.tries[job.id] += 1
         if code not in FINAL and self.tries[job.id] <= self.retries:
-            self.say(f"{job.id} ended with {why}: attempt {self.tries[job.id] + 1} of {self.retries + 1}")
+            self.say(f"{job.id} ended, {why}: attempt {self.tries[job.id] + 1} of {self.retries + 1}")
             return
         self.states[job.id], last = "failed", job.last_line()
         failure = {"code": code, "tries": self.tries[job.id], "why": why, "last_line": last}

@@ -58,10 +58,8 @@ def of_folder(folder: Path, overrides: dict) -> tuple[dict | None, str]:
                                       for name in ("summary", "manifest", "failure"))
     except ValueError as error:
         return None, f"points/{folder.name} has a damaged record ({error}): it goes on from its last checkpoint"
-    if failure:
-        return _failed(folder.name, failure, manifest, overrides), ""
     if not summary or not manifest or summary.get("status") not in ENDED:
-        return None, ""
+        return failure and _failed(folder.name, failure, manifest, overrides), ""
     c, n = manifest["config"], manifest["parameters"]
     record = {
         "run": folder.name, "params": {"total": n["total"], "non_embedding": n["non_embedding"],
