@@ -15,7 +15,6 @@ from lm_jax import disk
 from lm_jax.config import difference
 from lm_jax.errors import REFUSED, ConfigError
 
-
 # Keys that may change while a run goes on: where and how it computes and what it records, not what it learns.
 FREE = ("mesh.", "data.root:", "model.remat:", "model.attention:", "train.microbatches:", "train.log_every:",
         "train.eval_every:", "train.eval_rows:", "train.checkpoint_every:", "train.keep:", "train.loggers:",
