@@ -38,9 +38,7 @@ def main(argv):
         print(json.dumps(plan.record() | {"fits": fits, "compiled": compiled and compiled.total}))
     else:
         console = rich.console.Console()
-        show.say(show.page(plan), console)
-        if compiled:
-            show.say(show.compiled(plan, compiled), console)
+        show.say(show.page(plan, compiled), console)
         if best:
             show.say(show.found(best, c), console)
     return 0 if fits else 2

@@ -14,6 +14,7 @@ from lm_jax.models import flops
 from lm_jax.preflight import hlo, program, traffic
 
 T, V = 16, 4 * 67  # a vocabulary that no other size is a multiple of
+LAYOUTS = 512  # bytes: positions and segments that go round with the keys
 SCALARS = 800  # bytes: losses, norms of gradients and counts, each a number or two; under 1 % of any case
 GATES = 2 * 3 * 256  # of experts, which are summed over the model's axis: left out of the formula, being so small
 
@@ -22,6 +23,8 @@ CASES = {
     "fsdp 8": ("decoder", dict(fsdp=8), dict(remat="full"), 1),
     "fsdp 2, model 4": ("decoder", dict(fsdp=2, model=4), dict(remat="full", vocab=V), 1),
     "fsdp 2, sequence 4": ("decoder", dict(fsdp=2, sequence=4), dict(remat="dots"), 1),
+    "fsdp 2, sequence 4, ring": ("decoder", dict(fsdp=2, sequence=4), dict(remat="dots", attention="ring"), 1),
+    "replica 2, fsdp 2, model 2": ("decoder", dict(replica=2, fsdp=2, model=2), {}, 1),
     "data 2, fsdp 2, model 2": ("decoder", dict(data=2, fsdp=2, model=2), dict(tied=False), 2),
     "fsdp 2, expert 2, model 2": ("experts", dict(fsdp=2, expert=2, model=2), {}, 1),
     "encoder, fsdp 4, model 2": ("encoder", dict(fsdp=4, model=2), {}, 1),
@@ -45,6 +48,8 @@ def test_the_formula_says_what_the_compiled_program_moves(name):
     assert said.get("all-gather", 0) - moved.get("all-gather", 0) in (0, tables)
     sums = moved["all-reduce"] - said["all-reduce"] - said.get("reduce-scatter", 0)
     assert 0 <= sums <= SCALARS + (GATES if c.model.moe.experts else 0)
+    passed = moved.get("collective-permute", 0) - said.get("collective-permute", 0)
+    assert passed == (LAYOUTS if c.model.attention == "ring" else 0)
 
 
 def test_fsdp_by_hand():

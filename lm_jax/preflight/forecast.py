@@ -7,6 +7,7 @@ import jax
 
 from lm_jax import parallel
 from lm_jax.config import Config
+from lm_jax.devices import GIB
 from lm_jax.models import flops
 from lm_jax.preflight import memory, program, roofline
 from lm_jax.preflight.topology import Topology
@@ -37,6 +38,7 @@ class Forecast:
     @cached_property
     def bytes(self) -> dict[str, int]:
         """Of each device, by part, and their total; the whole step is traced for it, and every layout checked."""
+        program.check(self.config, self.mesh)
         return memory.estimate(self.config, self.mesh)
 
     @property
@@ -93,6 +95,18 @@ class Forecast:
         with jax.sharding.use_abstract_mesh(self.mesh):
             return pretrain.replicated(self.config)
 
+    @property
+    def remarks(self) -> list[str]:
+        """What the numbers do not say of themselves, for people."""
+        device, said = self.topology.device, []
+        if device.platform == "gpu":
+            said += [f"programs may use {device.usable / device.memory:.0%} of the card's {device.memory / GIB:.1f} GiB: "
+                     "XLA_PYTHON_CLIENT_MEM_FRACTION sets the share",
+                     "the workspace is fitted to the TPU compiler: a GPU's may be another"]
+        if self.config.optim.name == "muon" and self.topology.devices > 1:
+            said += ["what Muon's Newton-Schulz moves between devices is not counted: a step takes longer"]
+        return said
+
     def record(self) -> dict:
         """All of it, for programs."""
         r, n = self.roofline, self.params
@@ -107,7 +121,7 @@ class Forecast:
             "step_seconds": r.seconds, "bound_by": r.bound_by,
             "seconds_by": {name: getattr(r, name) for name in ("compute", "memory", "links", "network", "waited")},
             "mfu": self.mfu, "tokens_per_second": self.tokens_per_step / r.seconds,
-            "chip_hours": self.chip_hours, "dollars": self.dollars,
+            "chip_hours": self.chip_hours, "dollars": self.dollars, "remarks": self.remarks,
         }
 
 

@@ -28,8 +28,7 @@ class Program:
 
 
 def abstract(config: Config, mesh) -> Program:
-    """The step that `train` would run on `mesh`, abstract or of devices; it is traced here, so that every layout is
-    checked. The model's vocabulary must be known."""
+    """The step that `train` would run on `mesh`, abstract or of devices. The model's vocabulary must be known."""
     c = config.train
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         make = lambda: Transformer(config.model, rngs=nnx.Rngs(0))
@@ -39,6 +38,18 @@ def abstract(config: Config, mesh) -> Program:
         state = jax.eval_shape(lambda: trainer.begin(make(), tx))
         types = state, batch(config), jax.eval_shape(lambda: jax.random.key(0))
     return Program(loss, step, *parallel.on_mesh(types, mesh))
+
+
+def check(config: Config, mesh) -> dict:
+    """Trace the whole step on `mesh`, abstract or of devices: losses, backward pass, microbatches and update. The types
+    of its metrics; what is laid out wrong is an error of JAX's on the line that caused it, or a TypeError here."""
+    step = abstract(config, mesh)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        state, metrics = jax.eval_shape(step.step, step.state, step.batch, step.key)
+    for (path, new), old in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(step.state), strict=True):
+        if (new.shape, new.dtype, _layout(new)) != (old.shape, old.dtype, _layout(old)):
+            raise TypeError(f"a step makes of {jax.tree_util.keystr(path)} {old} another array: {new}")
+    return metrics
 
 
 def batch(config: Config) -> dict:
@@ -60,3 +71,8 @@ def batch(config: Config) -> dict:
         whole["source"] = rows(source, "tokens", "positions", "segments")
     return whole
 
+
+def _layout(a) -> tuple:
+    """The axes that divide each dimension of an array."""
+    spec = () if a.sharding is None else a.sharding.spec
+    return (*spec, *(None,) * (len(a.shape) - len(spec)))

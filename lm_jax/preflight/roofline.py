@@ -9,6 +9,10 @@ product makes and the next one needs (tensor parallel sums, keys and values, the
 Nominal peaks are never reached: `REACHED` is the share that long products, streams and collectives do reach. Large
 bfloat16 products reach 80 to 90 % of a TPU's peak and 65 to 75 % of a Hopper's, which lowers its clock under them;
 memory and links, some 80 to 90 %. A step has latencies besides, which no roofline knows: small ones take longer.
+
+What is computed is more than the FLOPs of the model: what remat does again, what the backward pass of a fused attention
+kernel does again by itself (its scores; splash has two such kernels, of dq and of dk and dv), what several devices do
+alike, and Muon's Newton-Schulz iterations, as if they were divided as the matrices are.
 """
 
 import math
@@ -28,6 +32,9 @@ from lm_jax.recipes.pretrain import row_lengths
 REACHED = {"tpu": 0.85, "gpu": 0.70, "memory": 0.85, "links": 0.80, "network": 0.80}
 AHEAD = ("weights", "gradients")  # what is moved while others compute
 STATE_BYTES = {"adamw": 16, "lion": 8, "muon": 8, "adafactor": 0}  # read and written a weight: its moments
+SCORES = {"xla": 2 + 4, "cudnn": 2 + 5, "ring": 2 + 5, "splash": 2 + 3 + 4}  # products, forward + backward
+KEPT = ("ring", "splash")  # kernels whose outputs remat="dots" keeps
+ITERATIONS = 5  # of Newton-Schulz
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,16 @@ def of(config: Config, mesh, topology: Topology) -> Roofline:
     device, wires = topology.device, Wiring(dict(mesh.shape), topology)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         products, stream = computed(config), _stream(config, mesh)
+        update = orthogonalized(config)
     peak = device.flops32 if config.model.dtype == "float32" else device.flops
+    share = REACHED[device.platform] / device.per_chip
     links = network = waited = 0.0
     for move in traffic.step(config, mesh):
         near, far = (move.times * seconds for seconds in wires.seconds(move))
         near, far = near / REACHED["links"], far / REACHED["network"]
         links, network = links + near, network + far
         waited += 0.0 if move.what in AHEAD else near + far
-    return Roofline(products / (peak / device.per_chip * REACHED[device.platform]),
+    return Roofline(products / (peak * share) + update / (device.flops32 * share),
                     stream / (device.memory_rate / device.per_chip * REACHED["memory"]), links, network, waited)
 
 
@@ -76,10 +85,32 @@ def computed(config: Config) -> float:
         axes = _over(zip(w.kind.letters.removeprefix("L"), w.shape[w.kind.letters.startswith("L"):]))
         met = flops.tokens_met(w, cfg, T, S)
         total += 2 * (3 + again) * flops.active(w, cfg) * met / parallel.devices_along(axes + _over([("T", met)]))
-    skips = kernels.choose(cfg, T) != "xla"
-    scores = flops.scores(cfg, T, S, causal=skips) * (3 + (cfg.remat != "none"))
+    kernel = kernels.choose(cfg, T)
+    again = cfg.remat == "full" or (cfg.remat == "dots" and kernel not in KEPT)
+    scores = flops.scores(cfg, T, S, causal=kernel != "xla") * (SCORES[kernel] / 2 + again)
     total += scores / parallel.devices_along(_over([("N", cfg.heads), ("T", T)]))
     return total * parallel.local_size("B", (rows,))
+
+
+def orthogonalized(config: Config) -> float:
+    """FLOPs that one device computes in the float32 products of Muon: x x', its square, and their sum by x, where x is
+    a matrix (of a layer, of an expert) with its longer side last."""
+    if config.optim.name != "muon":
+        return 0.0
+    total = 0.0
+    for w in flops.weights(config.model):
+        if w.kind.role == "matrix":
+            stacked = len(w.kind.letters) - len(w.kind.letters.lstrip("LE"))
+            ins = math.prod(n for a, n in zip(w.kind.letters, w.shape) if a in w.kind.fan_in)
+            m, n = sorted((ins, math.prod(w.shape[stacked:]) // ins))
+            products = ITERATIONS * math.prod(w.shape[:stacked]) * (4 * m * m * n + 2 * m**3)
+            total += products / parallel.devices_along(sum(parallel.weight_axes(w.kind.letters, w.shape), ()))
+    return total
+
+
+def state_bytes(config: Config) -> int:
+    """Bytes of optimizer state that an update reads and writes for each weight: moments, and an average of weights."""
+    return STATE_BYTES[config.optim.name] + (8 if config.optim.ema else 0)
 
 
 def _over(sizes) -> tuple[str, ...]:
@@ -99,7 +130,7 @@ def _stream(config: Config, mesh) -> float:
         gathered, kept = parallel.weight_axes(letters, shape)
         mine = w.size / math.prod(mesh.shape[axis] for axis in gathered + kept)
         used = w.size / math.prod(mesh.shape[axis] for axis in kept)
-        total += mine * (4 * 3 + STATE_BYTES[config.optim.name])  # the update reads weight and gradient, writes one
+        total += mine * (4 * 3 + state_bytes(config))  # the update reads weight and gradient, writes one
         total += micro * used * (passes * size + 4)
         if w.kind.fan_in:
             visits = cfg.moe.top_k if letters.startswith("E") else 1

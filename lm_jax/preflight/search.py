@@ -22,27 +22,49 @@ ASKED = 40  # most estimates of memory: each traces the step, which takes a seco
 def search(config: Config, topology: Topology, *, best: int = 5) -> list[Forecast]:
     """The fastest that fit, the fastest first. ConfigError if none of those looked at does.
 
-    All are timed, which is quick, and asked for their bytes in that order, which is not. A mesh and a number of
-    microbatches that do not fit under one remat are not tried under one that keeps more.
+    All are timed, which is quick, and the fastest asked for their bytes, which is not; if none of those fits, the
+    smallest are, by what they hold at least.
     """
     every = {_key(f): f for f in candidates(config, topology)}  # the config itself is among the others too
-    ordered = sorted(every.values(), key=lambda f: (f.roofline.seconds, f.config.train.microbatches))
-    found, too_large, asked = [], [], 0
+    if not every:
+        raise ConfigError(_undivided(config, topology))
+    fastest = sorted(every.values(), key=lambda f: (f.roofline.seconds, f.config.train.microbatches))
+    too_large = []
+    found = _first(fastest, best, too_large) or _first(sorted(fastest, key=at_least), best, too_large)
+    if found:
+        return sorted(found, key=lambda f: f.roofline.seconds)
+    least = min((f.bytes["total"] for f in too_large), default=min(map(at_least, fastest)))
+    raise ConfigError(
+        f"nothing that was tried fits {topology.name}: of {len(every)} ways {_surely(fastest)} are too large for certain, "
+        f"{len(too_large)} of the others were tried, and the least is {least / 2**30:.1f} GiB on a device of "
+        f"{fastest[0].limit / 2**30:.1f}: take more chips, or a smaller train.batch or data.length")
+
+
+def _first(ordered: list[Forecast], best: int, too_large: list[Forecast]) -> list[Forecast]:
+    """The first that fit, of as many as are asked; those that do not are added to `too_large`. A mesh and a number of
+    microbatches that do not fit under one remat are not tried under one that keeps more."""
+    found, asked = [], 0
     for one in ordered:
         if len(found) == best or asked == ASKED:
             break
-        if _at_least(one) > one.limit or any(_needs_more(one, other) for other in too_large):
+        if at_least(one) > one.limit or any(_needs_more(one, other) for other in too_large):
             continue
         asked += 1
         (found if one.fits else too_large).append(one)
-    if found:
-        return found
-    if not ordered:
-        raise ConfigError(f"train.batch={config.train.batch} divides on no mesh of {topology.devices} devices: use a "
-                          "multiple of a power of two")
-    least = min(f.bytes["total"] for f in too_large) if too_large else min(map(_at_least, ordered))
-    raise ConfigError(f"nothing that was tried fits {topology.name}: the least is {least / 2**30:.1f} GiB on a device "
-                      f"of {ordered[0].limit / 2**30:.1f}: take more chips, or a smaller train.batch or data.length")
+    return found
+
+
+def _surely(every: list[Forecast]) -> int:
+    """How many are too large for certain."""
+    return sum(at_least(one) > one.limit for one in every)
+
+
+def _undivided(config: Config, topology: Topology) -> str:
+    """Sizes of models are powers of two, most of them: the odd part of the devices is left to the rows."""
+    devices, batch = topology.devices, config.train.batch
+    odd = devices // (devices & -devices)
+    rest = f"a multiple of {odd}, or another number of chips" if batch % odd else "a multiple of a power of two"
+    return f"train.batch={batch} divides on no mesh of {devices} devices that the model's sizes divide too: use {rest}"
 
 
 def candidates(config: Config, topology: Topology) -> Iterator[Forecast]:
@@ -77,22 +99,11 @@ def flags(forecast: Forecast, config: Config) -> str:
     return " ".join(f"--config.{key}={value}" for key, value in changes.items())
 
 
-def _key(f: Forecast) -> tuple:
-    return (*f.mesh.shape.values(), f.config.model.remat, f.config.train.microbatches)
-
-
-def _needs_more(one: Forecast, other: Forecast) -> bool:
-    """Whether one keeps at least what the other does: on the same mesh, with no more remat and no more cuts."""
-    a, b = one.config, other.config
-    return (one.mesh == other.mesh and REMAT.index(a.model.remat) <= REMAT.index(b.model.remat)
-            and a.train.microbatches <= b.train.microbatches)
-
-
-def _at_least(one: Forecast) -> float:
+def at_least(one: Forecast) -> float:
     """Bytes a device that are certain without a trace: the state, and what remat keeps of each layer's products."""
     cfg, rows = one.config.model, one.config.train.batch // one.config.train.microbatches
     T, S = row_lengths(one.config)
-    size, moments = jnp.dtype(cfg.dtype).itemsize, roofline.STATE_BYTES[one.config.optim.name] / 2
+    size, moments = jnp.dtype(cfg.dtype).itemsize, roofline.state_bytes(one.config) / 2
     with jax.sharding.use_abstract_mesh(one.mesh):
         total = size * cfg.depth * parallel.local_size("BTD", (rows, T, cfg.width))
         for w in flops.weights(cfg):
@@ -104,6 +115,17 @@ def _at_least(one: Forecast) -> float:
                 ends, sizes = "".join(a for a, _ in out), [n for _, n in out]
                 total += size * parallel.local_size(ends + "BT", (*sizes, rows, met))
     return total
+
+
+def _key(f: Forecast) -> tuple:
+    return (*f.mesh.shape.values(), f.config.model.remat, f.config.train.microbatches)
+
+
+def _needs_more(one: Forecast, other: Forecast) -> bool:
+    """Whether one keeps at least what the other does: on the same mesh, with no more remat and no more cuts."""
+    a, b = one.config, other.config
+    return (one.mesh == other.mesh and REMAT.index(a.model.remat) <= REMAT.index(b.model.remat)
+            and a.train.microbatches <= b.train.microbatches)
 
 
 def _divisors(n: int) -> list[int]:

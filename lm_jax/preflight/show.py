@@ -1,5 +1,8 @@
 """A forecast as tables for people."""
 
+import itertools
+from dataclasses import replace
+
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -12,9 +15,11 @@ GIB = 2**30
 MOVED = {"gathered": ("all-gather",), "summed": ("all-reduce", "reduce-scatter"), "passed on": ("collective-permute",)}
 
 
-def page(f: Forecast) -> Group:
-    """Model, mesh, memory, time and cost, in 80 columns."""
-    return Group(_model(f), _memory(f), _time(f), *_remarks(f))
+def page(f: Forecast, word: aot.Compiled | None = None) -> Group:
+    """Model, mesh, memory, time and cost, in 80 columns; where the compiler had a word, beside what was predicted."""
+    fits = f.fits if word is None else not word.refusal
+    said = [Text(remark) for remark in f.remarks] + [Text(verdict(f, word), style="bold green" if fits else "bold red")]
+    return Group(_model(f), _memory(f), _time(f), *([_compiled(f, word)] if word and fits else []), *_cost(f), *said)
 
 
 def found(best: list[Forecast], config: Config) -> Group:
@@ -27,10 +32,32 @@ def found(best: list[Forecast], config: Config) -> Group:
     return Group(table, Text("\nflags", style="bold"), *lines)
 
 
-def compiled(f: Forecast, word: aot.Compiled) -> Group:
+def verdict(f: Forecast, word: aot.Compiled | None = None) -> str:
+    """Whether it fits, which the compiler knows best, and if it does not, what to change, the cheapest first."""
+    need, have = f.bytes["total"] if word is None else word.total, _gib(f.limit)
+    if word and word.refusal:
+        return f"the compiler refuses: {word.refusal}: {' or '.join(_cures(f))}"
+    if word or f.fits:
+        return f"fits{', says the compiler' if word else ''}: {_gib(need)} of {have} GiB a device"
+    return f"does not fit: {_gib(need)} of {have} GiB a device: {' or '.join(_cures(f))}"
+
+
+def _cures(f: Forecast):
+    """The next remat, and fewest microbatches, that fit by themselves; where none does it takes more."""
+    c, rows = f.config, f.mesh_rows
+    remats = search.REMAT[search.REMAT.index(c.model.remat) + 1:]
+    cuts = [c.train.microbatches * n for n in range(2, rows + 1) if rows % n == 0]
+    tried = [("model.remat", [(value, replace(c, model=replace(c.model, remat=value))) for value in remats]),
+             ("train.microbatches", [(n, replace(c, train=replace(c.train, microbatches=n))) for n in cuts])]
+    for key, changes in tried:
+        others = ((value, Forecast(changed, f.topology)) for value, changed in changes)
+        fits = (value for value, other in others if search.at_least(other) <= other.limit and other.fits)
+        yield from (f"--config.{key}={value}" for value in itertools.islice(fits, 1))
+    yield from ("--search", "more chips")
+
+
+def _compiled(f: Forecast, word: aot.Compiled) -> Table:
     """The compiler's own peak of memory and collectives, beside what was predicted."""
-    if word.refusal:
-        return Group(Text(f"\nthe compiler refuses: {word.refusal}", style="bold red"))
     table = _table(f"compiled in {word.seconds:.0f} s", "", "compiler", "predicted", "")
     table.add_row("peak of memory, GiB", _gib(word.total), _gib(f.bytes["total"]), _off(f.bytes["total"], word.total))
     moved, predicted = hlo.totals(word.text), traffic.totals(traffic.step(f.config, f.mesh))
@@ -38,26 +65,7 @@ def compiled(f: Forecast, word: aot.Compiled) -> Group:
         there, here = (sum(sums.get(kind, 0) for kind in kinds) for sums in (moved, predicted))
         if there or here:
             table.add_row(f"{name}, GB a step", f"{there / 1e9:.2f}", f"{here / 1e9:.2f}", _off(here, there))
-    return Group(table)
-
-
-def verdict(f: Forecast) -> str:
-    """Whether it fits, and if it does not, what to change, the cheapest first."""
-    need, have = f.bytes["total"], f.limit
-    if f.fits:
-        return f"fits: {_gib(need)} of {_gib(have)} GiB a device"
-    return f"does not fit: {_gib(need)} of {_gib(have)} GiB a device: {' or '.join(_cures(f))}"
-
-
-def _cures(f: Forecast):
-    c = f.config
-    after = search.REMAT[search.REMAT.index(c.model.remat) + 1:]
-    yield from (f"--config.model.remat={remat}" for remat in after[:1])
-    rows = f.mesh_rows
-    if rows > 1:
-        more = next(d for d in range(2, rows + 1) if rows % d == 0)
-        yield f"--config.train.microbatches={c.train.microbatches * more}"
-    yield from ("more chips", "--search")
+    return table
 
 
 def _off(predicted: float, real: float) -> str:
@@ -85,8 +93,7 @@ def _memory(f: Forecast) -> Table:
         if part != "total":
             table.add_row(part, _gib(size), _bar(size / f.limit))
     table.add_section()
-    table.add_row("all", _gib(f.bytes["total"]), f"of {_gib(f.limit)}",
-                  style="bold green" if f.fits else "bold red")
+    table.add_row("all", _gib(f.bytes["total"]), f"of {_gib(f.limit)}", style="bold")
     return table
 
 
@@ -105,12 +112,11 @@ def _time(f: Forecast) -> Table:
     return table
 
 
-def _remarks(f: Forecast):
+def _cost(f: Forecast):
     price = f.topology.device.dollars
     yield Text(f"\n{_hours(f.hours)}, {f.chip_hours:,.0f} chip-hours, ${f.dollars:,.0f} at ${price:.2f} a chip-hour",
                style="bold")
     yield Text("(steps alone: no compiling, evaluation, checkpoints or restarts)")
-    yield Text(verdict(f), style="bold green" if f.fits else "bold red")
 
 
 def say(group: Group, console: Console):

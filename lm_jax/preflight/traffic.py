@@ -3,7 +3,8 @@
 A weight's letters say it all, as they do in flops.py. y = x w needs w gathered over the axes of rows that it is divided
 over, forward and backward (the compiler shares the backward's with what remat computes again); y is summed over axes
 that divide letters it drops, dx over those that divide letters it keeps; dw is summed over all axes that divide tokens,
-and scattered. tests/test_traffic.py holds this against compiled programs. Scalars and Muon's products are not counted.
+and scattered. tests/test_traffic.py holds this against compiled programs. Scalars are not counted, nor is what Muon's
+products move: the compiler lays those out as it likes.
 """
 
 import math
@@ -16,6 +17,8 @@ from lm_jax import losses, parallel
 from lm_jax.config import Config
 from lm_jax.models import flops, kernels
 from lm_jax.recipes.pretrain import row_lengths
+
+DEALT = {"ring": ("query", "key", "value"), "splash": ("query",)}  # among devices, so that all have the same causal work
 
 
 @dataclass(frozen=True)
@@ -110,19 +113,24 @@ def _products(cfg, w: flops.Weight, letters: str, shape: tuple, met: _Tokens, si
     again = int(cfg.remat == "full" and "blocks" in w.path and not last)
     yield Move("all-reduce", local(out), axes(into), layers * (1 + again), "activations")
     yield Move("all-reduce", local(into), axes(out), layers * _own_sum(w), "activations")
-    if w.path[-2] in ("key", "value"):
-        yield from _keys(cfg, local(out), met, size, layers, ring="cross" not in w.path)
+    if w.path[-2] in ("query", "key", "value"):
+        kernel = "xla" if "cross" in w.path or not met.over_length else kernels.choose(cfg, met.length)
+        if w.path[-2] in DEALT.get(kernel, ()) and cfg.causal and w.path[0] != "encoder":
+            times = (2 + (cfg.remat != "none")) * (2 if w.path[-2] == "query" else 1)  # values go back to their queries
+            yield Move("collective-permute", local(out), met.over_length, layers * times, "keys and values")
+        if w.path[-2] != "query":
+            yield from _keys(cfg, local(out), met, size, layers, kernel)
 
 
-def _keys(cfg, part: int, met: _Tokens, size: int, layers: int, *, ring: bool):
+def _keys(cfg, part: int, met: _Tokens, size: int, layers: int, kernel: str):
     """Keys, or values, of which a device makes a part: gathered, or handed round a ring with their gradients in float32
-    behind them. (What deals out a ring's or a splash kernel's causal work, once each, is left out.)"""
-    n, axes, again = parallel.devices_along(met.over_length), met.over_length, cfg.remat != "none"
-    if ring and n > 1 and kernels.choose(cfg, met.length) == "ring":
-        yield Move("collective-permute", part, axes, layers * (n - 1) * (2 + again), "keys and values")
+    behind them, a ring whose outputs remat="dots" keeps. (Positions that ride along are left out.)"""
+    n, axes = parallel.devices_along(met.over_length), met.over_length
+    if kernel == "ring":
+        yield Move("collective-permute", part, axes, layers * (n - 1) * (2 + (cfg.remat == "full")), "keys and values")
         yield Move("collective-permute", part * 4 // size, axes, layers * n, "keys and values")
     else:
-        yield Move("all-gather", part * n, axes, layers * (1 + again), "keys and values")
+        yield Move("all-gather", part * n, axes, layers * (1 + (cfg.remat != "none")), "keys and values")
         yield Move("reduce-scatter", part * n, axes, layers, "keys and values")
 
 
@@ -177,7 +185,9 @@ def _loss(config: Config, met: _Tokens) -> list[Move]:
 
 
 def _layout(config: Config, met: _Tokens) -> list[Move]:
-    """Positions and segments of the keys that every token is compared with."""
+    """Positions and segments of the keys that every token is compared with, but for a ring's."""
+    if met.over_length and kernels.choose(config.model, met.length) == "ring":
+        return []
     count = 2 + (config.data.objective == "prefix")
     return [Move("all-gather", 4 * met.rows * met.length, met.over_length, count, "keys and values")]
 
