@@ -16,7 +16,8 @@ from lm_jax.preflight.topology import Topology
 from lm_jax.recipes.pretrain import row_lengths
 
 REMAT = ("none", "dots", "full")  # from the fastest to the smallest
-ASKED = 40  # most estimates of memory: each traces the step, which takes a second or so
+ASKED = 40  # most estimates of memory: each traces the step, which takes some seconds
+LAST = 10  # and where none of those fits, of the smallest
 
 
 def search(config: Config, topology: Topology, *, best: int = 5) -> list[Forecast]:
@@ -30,33 +31,29 @@ def search(config: Config, topology: Topology, *, best: int = 5) -> list[Forecas
         raise ConfigError(_undivided(config, topology))
     fastest = sorted(every.values(), key=lambda f: (f.roofline.seconds, f.config.train.microbatches))
     too_large = []
-    found = _first(fastest, best, too_large) or _first(sorted(fastest, key=at_least), best, too_large)
+    found = _first(fastest, best, too_large, ASKED) or _first(sorted(fastest, key=at_least), best, too_large, LAST)
     if found:
         return sorted(found, key=lambda f: f.roofline.seconds)
     least = min((f.bytes["total"] for f in too_large), default=min(map(at_least, fastest)))
+    surely = sum(at_least(one) > one.limit for one in fastest)
     raise ConfigError(
-        f"nothing that was tried fits {topology.name}: of {len(every)} ways {_surely(fastest)} are too large for certain, "
+        f"nothing that was tried fits {topology.name}: of {len(every)} ways {surely} are too large for certain, "
         f"{len(too_large)} of the others were tried, and the least is {least / 2**30:.1f} GiB on a device of "
         f"{fastest[0].limit / 2**30:.1f}: take more chips, or a smaller train.batch or data.length")
 
 
-def _first(ordered: list[Forecast], best: int, too_large: list[Forecast]) -> list[Forecast]:
-    """The first that fit, of as many as are asked; those that do not are added to `too_large`. A mesh and a number of
+def _first(ordered: list[Forecast], best: int, too_large: list[Forecast], most: int) -> list[Forecast]:
+    """The first that fit, of the `most` that are asked; those that do not are added to `too_large`. A mesh and a number of
     microbatches that do not fit under one remat are not tried under one that keeps more."""
     found, asked = [], 0
     for one in ordered:
-        if len(found) == best or asked == ASKED:
+        if len(found) == best or asked == most:
             break
         if at_least(one) > one.limit or any(_needs_more(one, other) for other in too_large):
             continue
         asked += 1
         (found if one.fits else too_large).append(one)
     return found
-
-
-def _surely(every: list[Forecast]) -> int:
-    """How many are too large for certain."""
-    return sum(at_least(one) > one.limit for one in every)
 
 
 def _undivided(config: Config, topology: Topology) -> str:

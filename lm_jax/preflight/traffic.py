@@ -18,7 +18,7 @@ from lm_jax.config import Config
 from lm_jax.models import flops, kernels
 from lm_jax.recipes.pretrain import row_lengths
 
-DEALT = {"ring": ("query", "key", "value"), "splash": ("query",)}  # among devices, so that all have the same causal work
+DEALT = {"ring": ("query", "key", "value"), "splash": ("query",)}  # out again, so that causal work is the same on all
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _products(cfg, w: flops.Weight, letters: str, shape: tuple, met: _Tokens, si
     if w.path[-2] in ("query", "key", "value"):
         kernel = "xla" if "cross" in w.path or not met.over_length else kernels.choose(cfg, met.length)
         if w.path[-2] in DEALT.get(kernel, ()) and cfg.causal and w.path[0] != "encoder":
-            times = (2 + (cfg.remat != "none")) * (2 if w.path[-2] == "query" else 1)  # values go back to their queries
+            times = (2 + (cfg.remat != "none")) * (2 if w.path[-2] == "query" else 1)  # outputs go back
             yield Move("collective-permute", local(out), met.over_length, layers * times, "keys and values")
         if w.path[-2] != "query":
             yield from _keys(cfg, local(out), met, size, layers, kernel)
@@ -179,7 +179,7 @@ def _lookup(config: Config, met: _Tokens) -> list[Move]:
 
 
 def _loss(config: Config, met: _Tokens) -> list[Move]:
-    """Four numbers a token are all that is summed over a part of the vocabulary: two maxima, the partition, the target's."""
+    """Four numbers a token are all that parts of the vocabulary sum: two maxima, the partition, the target's."""
     B, T, V = config.train.batch // config.train.microbatches, met.length, config.model.vocab
     return [Move("all-reduce", 4 * met.local, parallel.activation_axes("V", V), 4 * losses.parts_of(B, T, V), "loss")]
 
