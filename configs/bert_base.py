@@ -24,7 +24,6 @@ def get_config():
     c.optim.weight_decay = 0.01
     c.train.steps = 1_000_000
     c.train.batch = 256
-    c.train.microbatches = 2  # on 8 devices; fewer need more, as 30522 ids are cut into 2, 3 or 6 parts or not at all
     c.train.log_every = 100
     c.train.eval_every = c.train.checkpoint_every = 5_000
     c.train.eval_rows = 2_048

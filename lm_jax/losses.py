@@ -1,11 +1,12 @@
 """One cross-entropy for every pretraining objective: causal, prefix, masked and corrupted data differ in the batch."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from lm_jax import parallel
 from lm_jax.batch import Batch, Mean
-from lm_jax.config import ConfigError
 
 CHUNK = 2**26  # most logits a device holds at once: 256 MiB in float32
 LOWEST = -1e30  # below any logit, and finite
@@ -72,35 +73,34 @@ def token_scores(model, x_BTD, targets_BT):
         highest_BT, total_BT, target_BT, sum_BT = sums
         ids_V, *output = part
         logits_BTV = model.unembedded(wide_BTD.astype(x_BTD.dtype), *output)
+        if filled:
+            logits_BTV = jnp.where(ids_V >= 0, logits_BTV, LOWEST)
         higher_BT = jnp.maximum(highest_BT, jax.lax.stop_gradient(logits_BTV.max(-1)))
         total_BT = total_BT * jnp.exp(highest_BT - higher_BT) + jnp.exp(logits_BTV - higher_BT[..., None]).sum(-1)
         hit_BTV = ids_V == targets_BT[..., None]  # a gather would bring all of V together
         target_BT += jnp.where(hit_BTV, logits_BTV, 0).sum(-1)
-        return (higher_BT, total_BT, target_BT, sum_BT + logits_BTV.sum(-1)), None
+        sum_BT += (jnp.where(ids_V >= 0, logits_BTV, 0) if filled else logits_BTV).sum(-1)
+        return (higher_BT, total_BT, target_BT, sum_BT), None
 
+    parts, own = parts_of(*targets_BT.shape, model.cfg.vocab), parallel.local_size("V", ids_V.shape)
+    filled = own % parts > 0  # with ids of -1, which nothing predicts
     none_BT = jnp.zeros_like(targets_BT, jnp.float32)
     sums, whole = (none_BT + LOWEST, none_BT, none_BT, none_BT), (ids_V, table, bias_V)
-    parts = parts_of(*targets_BT.shape, model.cfg.vocab)
     if parts == 1:
         sums, _ = add(sums, whole)
     else:
-        axes = 0, model.output_letters.index("V"), 0
-        cut = tuple(a if a is None else parallel.split(a, parts, axis=axis) for a, axis in zip(whole, axes))
-        sums, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), sums, cut)
+        cut = partial(parallel.split, parts=parts, shards=model.cfg.vocab // own)
+        cuts = (cut(ids_V, axis=0, fill=-1), cut(table, axis=model.output_letters.index("V")),
+                None if bias_V is None else cut(bias_V, axis=0))
+        sums, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), sums, cuts)
     highest_BT, total_BT, target_BT, sum_BT = sums
     z_BT = highest_BT + jnp.log(total_BT)
     return z_BT - target_BT, z_BT, z_BT - sum_BT / model.cfg.vocab, target_BT >= highest_BT
 
 
 def parts_of(B: int, T: int, V: int) -> int:
-    """In how many parts the logits [B, T, V] are made on the mesh in use; ConfigError if V has no such divisor."""
-    size, own = parallel.local_size("BTV", (B, T, V)), parallel.local_size("V", (V,))
-    least = -(-size // CHUNK)
-    parts = next((n for n in range(least, own + 1) if own % n == 0), None)
-    if parts is None or parts > max(32, 4 * least):
-        raise ConfigError(f"{size:,} logits on a device are made {CHUNK:,} at a time, and a vocabulary of {V:,} has no "
-                          f"divisor for it: use more train.microbatches, or set model.vocab={-(-V // 128) * 128}")
-    return parts
+    """In how many parts the logits [B, T, V] are made on the mesh in use."""
+    return min(-(-parallel.local_size("BTV", (B, T, V)) // CHUNK), parallel.local_size("V", (V,)))
 
 
 def _pair_scores(model, x_BTD, batch):

@@ -234,10 +234,20 @@ def local_size(letters: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // math.prod(sizes[axis] for axis in _names(activation(letters, shape) or ()))
 
 
-def split(x, parts: int, *, axis: int):
-    """`x` cut along `axis` into `parts` leading slices, interleaved so that no element leaves its device."""
-    shape = x.shape
-    x = x.reshape(*shape[:axis], shape[axis] // parts, parts, *shape[axis + 1:])
+def split(x, parts: int, *, axis: int, shards: int = 1, fill=0):
+    """`x` cut along `axis` into `parts` leading slices, interleaved so that no element leaves its device.
+
+    Where `parts` does not divide what each of the axis's `shards` has, it is filled up with `fill`.
+    """
+    before, after, own = x.shape[:axis], x.shape[axis + 1:], x.shape[axis] // shards
+    reshape, layout = jax.numpy.reshape, like(x)
+    inner = layout and PartitionSpec(*layout[:axis + 1], None, *layout[axis + 1:])
+    if own % parts:
+        x = reshape(x, (*before, shards, own, *after), out_sharding=inner)
+        x = jax.numpy.pad(x, [(0, -own % parts * (i == axis + 1)) for i in range(x.ndim)], constant_values=fill)
+        own = x.shape[axis + 1]
+        x = reshape(x, (*before, shards * own, *after), out_sharding=layout)
+    x = reshape(x, (*before, shards * own // parts, parts, *after), out_sharding=inner)
     return jax.numpy.moveaxis(x, axis + 1, 0)
 
 

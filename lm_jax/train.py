@@ -33,7 +33,7 @@ def main(argv):
 
     def prepared():
         parallel.rows_divide(c.train.batch, c.train.microbatches)
-        pretrain.attention(c), pretrain.logit_parts(c)  # what cannot be is said before data are prepared
+        pretrain.attention(c)  # what cannot be is said before data are prepared
         return store.prepare(c.data, say=hosts.say)
 
     hosts.together(lambda: workdir.open(config.to_dict(c), mark))

@@ -68,7 +68,7 @@ def test_a_step_is_the_same_on_every_mesh_and_goes_on_on_any_other(family, mesh,
 @pytest.mark.parametrize("mesh", ["sequence 4, fsdp 2", "model 4, data 2"])
 def test_a_loss_in_parts_is_the_same_on_every_mesh(mesh, monkeypatch):
     expected = single("decoder").first[1]
-    monkeypatch.setattr(losses, "CHUNK", 4 * 64)  # as many parts as each device has ids
+    monkeypatch.setattr(losses, "CHUNK", 1500)  # three parts of the 64 or 16 ids of a device, which are filled up
     with on(MESHES[mesh]):
         np.testing.assert_allclose(Run("decoder", parts=1).first[1], expected, rtol=1e-5)
 

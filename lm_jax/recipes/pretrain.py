@@ -168,13 +168,6 @@ def attention(config: Config) -> str:
     return kernels.chosen(config.model, *row_lengths(config), prefix=config.data.objective == "prefix")
 
 
-def logit_parts(config: Config) -> int:
-    """In how many parts a microbatch's logits are made, on this mesh; ConfigError if its vocabulary has no such divisor.
-    """
-    config, t = planned(config), config.train
-    return losses.parts_of(t.batch // t.microbatches, row_lengths(config)[0], config.model.vocab)
-
-
 def _total(sums) -> dict[str, float]:
     total: dict[str, float] = {}
     for one in sums:
