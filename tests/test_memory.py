@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
+import runpy
 import subprocess
 import sys
 
@@ -12,9 +14,11 @@ import pytest
 
 import tiny
 from lm_jax import parallel
-from lm_jax.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
+from lm_jax.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig, resolve
 from lm_jax.models import flops
 from lm_jax.preflight import aot, memory, program, topology
+from lm_jax.preflight.forecast import Forecast
+from lm_jax.recipes import pretrain
 
 ROOT = pathlib.Path(__file__).parent.parent
 B, T = 8, 16
@@ -72,6 +76,27 @@ def test_accumulating_keeps_a_part_of_the_activations_and_a_sum_of_gradients():
     whole, cut = (memory.estimate(config(microbatches=n), mesh_of(config(), 1)) for n in (1, 4))
     assert cut["activations"] < 0.3 * whole["activations"]
     assert cut["gradients"] > whole["gradients"] == whole["weights"] == 4 * flops.parameters(config().model)["total"]
+
+
+DOCS = (ROOT / "docs" / "preflight.md").read_text("utf-8")
+ROWS = re.findall(r"^\| (\w+) \| (\S+) \| (.+?) \| (\w+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", DOCS, re.M)
+
+
+@pytest.mark.parametrize("row", ROWS[::4], ids=" ".join)
+def test_the_page_of_estimates_beside_the_compiler_is_true(row):
+    """Every fourth row: what the page says is estimated is, and lies within a tenth of what the compiler said."""
+    name, where, axes, remat, parts, analytic, compiler = row
+    c = config_file(f"configs/{name}.py")
+    axes = {axis: int(size) for axis, size in (pair.split() for pair in axes.split(" × "))}
+    c.mesh.update(dict(fsdp=1, model=1) | axes)
+    c.model.remat, c.train.microbatches = remat, int(parts)
+    total = Forecast(pretrain.planned(resolve(c)), topology.parse(where)).bytes["total"] / 2**30
+    assert total == pytest.approx(float(analytic), rel=0.01)
+    assert total == pytest.approx(float(compiler), rel=0.1)
+
+
+def config_file(path: str):
+    return runpy.run_path(str(ROOT / path))["get_config"]()
 
 
 def test_without_the_tpu_compiler_it_is_said_how_to_get_it(monkeypatch):
