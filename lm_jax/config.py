@@ -72,7 +72,7 @@ class TransformerConfig:
     window: int = 0  # tokens that a sliding layer sees, itself included; 0: all layers are full
     window_pattern: str = "S"  # repeated over the layers: S sliding, F full ("SF" is Gemma 2)
     sinks: bool = False  # a learned logit per head that attention may spend itself on (gpt-oss)
-    attention: str = "auto"  # auto | xla | cudnn | splash | ring: the kernel; auto is the best that can do what is asked
+    attention: str = "auto"  # auto | xla | cudnn | splash | ring; auto is the best that can do what is asked
     tied: bool = True  # the output table is the embedding table
     table_scale: str = "none"  # none | in: embeddings x sqrt(D) (Gemma) | out: hidden x 1/sqrt(D) before the head (T5)
     types: int = 0  # token-type embeddings (BERT: 2)

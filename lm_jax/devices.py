@@ -35,7 +35,7 @@ class Device:
 
     @property
     def usable(self) -> float:
-        """Bytes for programs: on a GPU JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+        """Bytes for programs: of a GPU JAX takes three quarters, or what XLA_PYTHON_CLIENT_MEM_FRACTION says."""
         share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if self.platform == "gpu" else 1.0
         return self.memory * share
 

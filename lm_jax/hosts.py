@@ -26,7 +26,7 @@ from lm_jax.parallel import activation
 FLAGS = {
     "coordinator": "host:port of process 0, where TPU, Slurm or Open MPI do not say it",
     "processes": "how many processes the run has; with --coordinator",
-    "process": "the number of this one, from 0; with --coordinator. Where several share a node, JAX_LOCAL_DEVICE_IDS=0,1 "
+    "process": "number of this one, from 0; with --coordinator. Where several share a node, JAX_LOCAL_DEVICE_IDS=0,1 "
                "says which of its GPUs are this one's",
 }
 JOINING = 300  # seconds in which all processes must have come

@@ -107,11 +107,12 @@ def activation(letters: str, shape: tuple[int, ...]) -> PartitionSpec | None:
 
 
 def gather(w, letters: str):
-    """A weight with the shards over the tokens' axes brought together, for a matmul; its gradient is scattered again."""
+    """A weight with its shards over the tokens' axes brought together, for a matmul; its gradient is scattered."""
     spec = weight(letters, w.shape)
     if spec is None:
         return w
-    return jax.sharding.reshard(w, PartitionSpec(*(_one(a for a in _names((axis,)) if a not in TOKENS) for axis in spec)))
+    kept = (_one(a for a in _names((axis,)) if a not in TOKENS) for axis in spec)
+    return jax.sharding.reshard(w, PartitionSpec(*kept))
 
 
 def constrain(x, letters: str):

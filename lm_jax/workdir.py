@@ -121,7 +121,7 @@ class Workdir:
         file, end = self.path / "mark", time.monotonic() + SEEN
         while mark and not (file.exists() and file.read_text() == mark):
             if time.monotonic() > end:
-                raise ConfigError(f"--workdir={self.path} must be a folder that all processes share, and what process 0 "
+                raise ConfigError(f"--workdir={self.path} must be a folder that all processes share: what process 0 "
                                   "writes does not appear in it: pass one on a disk that all of them see")
             time.sleep(0.1)
 

@@ -290,7 +290,8 @@ def test_whole_models_are_traced_for_every_kernel_that_auto_chooses(platform, me
         batch["source"] = tiny.rows(batch=4, lengths=(100, 150), padding=6)
     with jax.sharding.use_abstract_mesh(mesh_of(platform, **mesh)):
         assert kernels.choose(cfg, 256) == name
-        laid = jax.tree.map(lambda x: jax.eval_shape(lambda: parallel.constrain(jnp.zeros(x.shape, x.dtype), "BT")), batch)
+        lay = lambda x: jax.eval_shape(lambda: parallel.constrain(jnp.zeros(x.shape, x.dtype), "BT"))
+        laid = jax.tree.map(lay, batch)
         model = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
         value, _, grads = jax.eval_shape(tiny.score, model, laid)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))

@@ -69,7 +69,8 @@ def scored(x, w, batch, *, dtype=jnp.float32, chunk=0, **knobs):
     return jax.grad(objective, (0, 1), has_aux=True)(x, w)
 
 
-@pytest.mark.parametrize("chunk", [2**26, 3 * 4 * V, 3 * 12 * 5, 1], ids=["whole", "three parts", "parts of five", "one id at a time"])
+@pytest.mark.parametrize("chunk", [2**26, 3 * 4 * V, 3 * 12 * 5, 1],
+                         ids=["whole", "three parts", "parts of five", "one id at a time"])
 @pytest.mark.parametrize("knobs", [
     {}, dict(smoothing=0.1), dict(z_loss=0.05), dict(smoothing=0.1, z_loss=0.05)], ids=str)
 def test_the_loss_is_its_formula_however_it_is_cut(knobs, chunk, rng, monkeypatch):

@@ -1,4 +1,4 @@
-"""The same numbers on every mesh: loss, gradient, updated weights, isolation of packed rows, checkpoints, in one matrix."""
+"""The same numbers on every mesh: loss, gradient, updated weights, isolation of packed rows, checkpoints."""
 
 import contextlib
 import functools
@@ -41,7 +41,7 @@ CASES = [(family, mesh) for mesh in MESHES for family in FAMILIES
 
 @pytest.fixture(scope="module")
 def newest():
-    """Family -> folder of the checkpoint that was saved last, on whatever mesh: the chain in which the matrix goes on."""
+    """Family -> folder of the checkpoint that was saved last, on whatever mesh: the matrix goes on in a chain."""
     return {}
 
 
@@ -131,7 +131,8 @@ def placed(model):
 
 
 def numbers(metrics) -> list[float]:
-    return [float(metrics[name]) for name in ("objective", "loss", "accuracy", "grad_norm", "update_norm", "param_norm")]
+    names = ("objective", "loss", "accuracy", "grad_norm", "update_norm", "param_norm")
+    return [float(metrics[name]) for name in names]
 
 
 def same(state, other):

@@ -1,4 +1,4 @@
-"""Bytes before there is a device: what a step keeps, by its own residuals; the compiler's word where libtpu is installed."""
+"""Bytes before there is a device: what a step keeps, by its residuals, and the compiler's word where it is there."""
 
 import importlib.util
 import json
@@ -118,4 +118,5 @@ def test_the_tpu_compiler_takes_the_step_and_agrees():
                           env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout.splitlines()[-1])
-    assert plan["fits"] and plan["compiled"] > plan["bytes_per_device"]["weights"] + plan["bytes_per_device"]["optimizer"]
+    parts = plan["bytes_per_device"]
+    assert plan["fits"] and plan["compiled"] > parts["weights"] + parts["optimizer"]

@@ -1,6 +1,5 @@
 """What a step moves, by formula, is what the compiled program moves; and it never brings whole logits together."""
 
-import dataclasses
 import functools
 import math
 
@@ -62,7 +61,7 @@ def test_fsdp_by_hand():
 
 
 def test_tensor_parallel_by_hand():
-    """Each layer sums x_BTD after attention and after the MLP, and dx before each; a CPU sums q, k, v, up, gate apart."""
+    """A layer sums x_BTD after attention and after the MLP, and dx before each; a CPU sums q, k, v, up, gate apart."""
     c = settings("decoder", dict(data=2, fsdp=1, model=4))
     x = 4 * (8 // 2) * T * 32
     activations = {kind: traffic.totals(traffic.step(c, mesh), "what")["activations"] // x

@@ -49,7 +49,8 @@ def parameters(cfg: TransformerConfig) -> dict[str, int]:
     rest, N of Kaplan et al. 2020; "total" is N of Hoffmann et al. 2022. "active" is the total less the experts that a
     token does not visit.
     """
-    sizes = {side: sum(w.size for w in weights(cfg) if _side(w) == side) for side in ("embedding", "head", "non_embedding")}
+    sides = ("embedding", "head", "non_embedding")
+    sizes = {side: sum(w.size for w in weights(cfg) if _side(w) == side) for side in sides}
     return {"total": sum(sizes.values())} | sizes | {"active": sum(active(w, cfg) for w in weights(cfg))}
 
 

@@ -101,7 +101,7 @@ class Forecast:
         device, said = self.topology.device, []
         if device.platform == "gpu":
             share, card = device.usable / device.memory, device.memory / GIB
-            said += [f"programs may use {share:.0%} of the card's {card:.1f} GiB: XLA_PYTHON_CLIENT_MEM_FRACTION sets it",
+            said += [f"programs may use {share:.0%} of the card's {card:.1f} GiB (XLA_PYTHON_CLIENT_MEM_FRACTION)",
                      "the workspace is fitted to the TPU compiler: a GPU's may be another"]
         if self.config.optim.name == "muon" and self.topology.devices > 1:
             said += ["what Muon's Newton-Schulz moves between devices is not counted: a step takes longer"]

@@ -1,8 +1,8 @@
 """Bytes that a training step needs on each device, from its types alone.
 
 The state is counted. What the forward pass keeps for the backward pass is asked of JAX: the step is traced, never run,
-and every residual of its gradient has a type with a layout, whatever the architecture, the kernels and the remat. A step
-is fullest either in the backward pass of a layer or in that of the head; what each needs for a moment is estimated, and
+and every residual of its gradient has a type with a layout, whatever the architecture, the kernels and the remat. A
+step is fullest in the backward pass of a layer or in that of the head; what each needs for a moment is estimated, and
 docs/preflight.md holds the whole against the TPU compiler's own peak.
 """
 

@@ -1,4 +1,4 @@
-"""The training step of a config by types alone: what preflight measures and compiles, on devices that need not exist."""
+"""The training step of a config by types alone: what preflight measures and compiles."""
 
 from dataclasses import dataclass
 from functools import partial

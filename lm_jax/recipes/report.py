@@ -109,7 +109,7 @@ def closing(summary: dict, workdir, argv: list[str]) -> str:
                "   # your own text",
                "  python -m lm_jax.train --config=configs/tiny_bert.py   # an encoder; tiny_t5.py has both"],
         "stopped": [f"  {command()}   # the same command goes on at step {summary['steps']:,}"],
-        "diverged": [f"  {command('--workdir')} --workdir={folder}-calm --config.optim.lr=...   # lower, and more warm-up"],
+        "diverged": [f"  {command('--workdir')} --workdir={folder}-calm --config.optim.lr=...  # lower; more warm-up"],
     }[summary["status"]])
 
 
