@@ -89,7 +89,7 @@ def test_the_ladder_counts_what_the_model_holds():
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 SIZES = {"tiny": 2.1e6, "tiny_bert": 2.2e6, "tiny_t5": 3.9e6, "125m": 125e6, "1b": 1.1e9, "8b": 8e9, "bert_base": 110e6,
-         "t5_base": 220e6, "ul2": 250e6, "moe": 6.9e9}
+         "t5_base": 220e6, "ul2": 250e6, "moe": 6.9e9, "70b": 70.6e9}
 IMPOSSIBLE = [{}, {"depth": 3, "params": 1e6}, {"depth": 61}, {"depth": -1}, {"params": 1e4}, {"params": 1e12}]
 
 
