@@ -134,9 +134,10 @@ errors.run(main)
 
 
 WAIT = """
-import sys, threading
+import signal, sys, threading
 from lm_jax import hosts
 hosts.LOST = 5
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in a shell's background ignore it
 hosts.start(*sys.argv[1:])
 hosts.exchange("hello", "")
 print("here", flush=True)
@@ -197,7 +198,7 @@ def test_a_process_that_dies_or_fails_alone_ends_the_other(rank, how):
     running[rank].send_signal(how)
     _, err = running[1 - rank].communicate(timeout=30)
     assert running[1 - rank].returncode != 0, err
-    assert running[rank].wait() != 0
+    assert running[rank].wait(timeout=30) != 0
 
 
 def test_rows_go_where_their_devices_are(rng):
