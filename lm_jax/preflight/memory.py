@@ -74,8 +74,9 @@ def _layer(config: Config, mesh, remat: str) -> tuple[int, int]:
     def kept(depth):
         model = replace(config.model, depth=depth, encoder_depth=min(depth, config.model.encoder_depth), remat=remat)
         return held(residuals(replace(config, model=model), mesh))
-    own = max(0, kept(2) - kept(1))
-    return own, max(0, kept(1) - own)
+    one, two = kept(1), kept(2)
+    own = max(0, two - one)
+    return own, max(0, one - own)
 
 
 def _passing(config: Config, mesh) -> tuple[int, int]:
@@ -87,8 +88,8 @@ def _passing(config: Config, mesh) -> tuple[int, int]:
     cfg, (tokens, _) = config.model, row_lengths(config)
     item = jnp.dtype(cfg.dtype).itemsize
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        layered = [_together(w, mesh) for w in flops.weights(cfg) if w.kind.letters[0] == "L"]
-        tables = [_together(w, mesh) for w in flops.weights(cfg) if "V" in w.kind.letters and "D" in w.kind.letters]
+        layered = [_together(w) for w in flops.weights(cfg) if w.kind.letters[0] == "L"]
+        tables = [_together(w) for w in flops.weights(cfg) if "V" in w.kind.letters and "D" in w.kind.letters]
         logits = parallel.local_size("BTV", (config.train.batch, tokens, cfg.vocab))
         parts = losses.parts_of(config.train.batch, tokens, cfg.vocab)
     layer = IN_FLIGHT * (item * sum(layered) + 4 * max(layered))
@@ -101,8 +102,8 @@ def _microbatch(config: Config) -> Config:
     return replace(config, train=replace(t, batch=t.batch // t.microbatches, microbatches=1))
 
 
-def _together(w: flops.Weight, mesh) -> int:
+def _together(w: flops.Weight) -> int:
     """Numbers of a weight, of one layer, that a device holds as a product takes it."""
     _, kept = parallel.weight_axes(w.kind.letters, w.shape)
     layers = w.shape[0] if w.kind.letters[0] == "L" else 1
-    return w.size // layers // math.prod(mesh.shape[axis] for axis in kept)
+    return w.size // layers // parallel.devices_along(kept)
