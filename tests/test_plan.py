@@ -76,7 +76,7 @@ def test_the_compiler_has_the_last_word_and_the_only_one(word, code, verdict, mo
 def test_what_the_numbers_do_not_say_is_said(capsys):
     run("--config=configs/tiny.py", "--topology=h100-8", "--config.optim.name=muon")
     page = capsys.readouterr().out
-    assert "programs may use 75% of the card's 79.1 GiB: XLA_PYTHON_CLIENT_MEM_FRACTION" in page
+    assert "programs may use 75% of the card's 79.1 GiB (XLA_PYTHON_CLIENT_MEM_FRACTION)" in page
     assert "fitted to the TPU compiler" in page and "Newton-Schulz moves between devices is not counted" in page
     assert Forecast(settings(fsdp=8), topology.parse("v5e-8")).record()["remarks"] == []
 
