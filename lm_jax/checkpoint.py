@@ -11,6 +11,7 @@ and the one before it is taken. Of several processes each writes its shards; onl
 
 import json
 import logging
+import math
 import re
 import shutil
 import threading
@@ -41,11 +42,12 @@ class NoCheckpointError(CheckpointError):
 
 
 class Checkpoints:
-    """The checkpoints of one run: the `keep` newest stay; without `keep` the folder is read and left as it is."""
+    """The checkpoints of one run: the `keep` newest stay, and that of step `spare`; without `keep` the folder is read
+    and left as it is."""
 
-    def __init__(self, folder, *, keep: int | None = None, say=print):
+    def __init__(self, folder, *, keep: int | None = None, spare: int = 0, say=print):
         self.folder = Path(folder).absolute()
-        self._keep = keep
+        self._keep, self._spare = keep, spare
         self._say = say
         self._newest = None  # the step last saved or restored here; not asked of the disk, where processes may differ
         self._thread = None
@@ -78,8 +80,8 @@ class Checkpoints:
         self._thread.start()
         return True
 
-    def restore(self, like, *, partial: bool = False):
-        """(step, tree, extra) of the newest intact checkpoint, or None if there has never been one.
+    def restore(self, like, *, partial: bool = False, most: float = math.inf):
+        """(step, tree, extra) of the newest intact checkpoint of at most `most` steps, or None where none ever was.
 
         `like` is a pytree of arrays or ShapeDtypeStructs whose shardings say where the values go, on whatever mesh;
         leaves without one are replicated over the mesh in use, or on JAX's first device. `partial` allows `like` to ask
@@ -87,7 +89,7 @@ class Checkpoints:
         where every checkpoint is damaged.
         """
         self.wait()
-        step = self._agreed_step()
+        step = self._agreed_step(most)
         self._newest = step
         if step is None:
             return None
@@ -130,7 +132,7 @@ class Checkpoints:
                 seal.write(part, body)
                 part.rename(self.folder / str(step))
                 disk.sync(self.folder)
-                for old in self.steps()[:-self._keep]:
+                for old in [at for at in self.steps() if at != self._spare][:-self._keep]:
                     self._remove(self.folder / str(old))
             self._newest = step
         except BaseException as e:
@@ -147,12 +149,12 @@ class Checkpoints:
                                       f"{type(error).__name__}: ...{cause}")
         self._error.__cause__ = error
 
-    def _agreed_step(self) -> int | None:
+    def _agreed_step(self, most) -> int | None:
         """What process 0 finds, told to all."""
         code, problem = 0, "process 0 found no intact checkpoint"
         if jax.process_index() == 0:
             try:
-                step = self._newest_intact()
+                step = self._newest_intact(most)
                 code = NONE if step is None else step
             except NoCheckpointError as e:
                 code, problem = BAD, str(e)
@@ -162,9 +164,9 @@ class Checkpoints:
             raise NoCheckpointError(problem)
         return None if code == NONE else code
 
-    def _newest_intact(self) -> int | None:
+    def _newest_intact(self, most) -> int | None:
         damaged = list(self.folder.glob("*.bad*"))
-        for path in reversed(self._numbered()):
+        for path in reversed([path for path in self._numbered() if int(path.name) <= most]):
             try:
                 seal.verify(path)
                 return int(path.name)

@@ -30,15 +30,17 @@ class Log:
     `row` takes the numbers of a training step (`loss`, `tokens`, ...), `evaluation` those of a validation set
     (`val_loss`, `val_loss_stderr`, `tokens`, ...); either is one flat row of metrics.jsonl. The bar shows these keys
     where a row has them: loss, tokens_per_second, mfu and data_wait_fraction. `loggers` as in the config; a missing
-    package is a ConfigError at once. Of several processes only the one that writes the workdir records and speaks.
+    package is a ConfigError at once. Of several processes only the one that writes the workdir records and speaks;
+    `quiet` records without a bar.
     """
 
-    def __init__(self, workdir: Workdir, *, steps: int, start: int = 0, loggers: str = "", config: dict | None = None):
+    def __init__(self, workdir: Workdir, *, steps: int, start: int = 0, loggers: str = "", config: dict | None = None,
+                 quiet: bool = False):
         names = [name for name in loggers.split(",") if name] if workdir.writes else []
         self._loggers = [LOGGERS[name](workdir, start, config or {}) for name in names]
         self._quiet = not workdir.writes
         self._file = None if self._quiet else open(workdir.metrics, "a", buffering=1)
-        self._progress = None if self._quiet else _watched()(steps, start)
+        self._progress = None if self._quiet else (_Silent if quiet else _watched())(steps, start)
 
     def row(self, step: int, values: dict):
         """Record a training step."""
@@ -151,6 +153,16 @@ class _Lines:
         print(text, flush=True)
 
     def close(self):
+        pass
+
+
+class _Silent(_Lines):
+    """Of a run among others, which are watched together."""
+
+    def update(self, step, values):
+        pass
+
+    def say(self, text):
         pass
 
 

@@ -61,10 +61,13 @@ class Meter:
         metrics = jax.device_get(metrics)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
+        self.record(step, _numbers(metrics), seconds, wait)
+
+    def record(self, step: int, numbers: dict, seconds: float, wait: float):
+        """Write a step's row."""
         self.seconds += seconds
-        self.streak = int(metrics.pop("streak"))
+        self.streak = int(numbers.pop("streak"))
         if step % self.every == 0 or step == 1:
-            numbers = _numbers(metrics)
             self.log.row(step, numbers | {"tokens": step * self.tokens} | self.derived(numbers)
                          | self._rates(seconds, wait))
 

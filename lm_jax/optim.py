@@ -12,6 +12,7 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lm_jax.config import ConfigError, OptimConfig
@@ -58,15 +59,27 @@ def ema_params(state: State):
 
 def schedule(o: OptimConfig, steps: int) -> Callable[[Any], jax.Array]:
     """Update index (0 is the first) -> learning rate: `warmup` updates up to the peak, which the last of them has, then
-    the schedule's shape, whose end the last of `steps` has."""
+    the schedule's shape, whose end the last of `steps` has. `steps` and `o.lr` may be traced."""
     shape = SCHEDULES[o.schedule]
 
     def rate(step):
         done = jnp.asarray(step, jnp.float32) + 1
-        progress = jnp.clip((done - o.warmup) / max(1, steps - o.warmup), 0, 1)
+        progress = jnp.clip((done - o.warmup) / jnp.maximum(1, steps - o.warmup), 0, 1)
         return o.lr * jnp.minimum(1.0, done / max(1, o.warmup)) * shape(o, progress, done)
 
     return rate
+
+
+def trunk(o: OptimConfig, steps: int) -> int:
+    """Updates of a wsd run before it begins to cool down, which longer runs make just so; 0 of other schedules."""
+    return max(0, math.floor(o.warmup + (1 - o.decay) * (steps - o.warmup)) - 1) if o.schedule == "wsd" else 0
+
+
+def common(o: OptimConfig, steps: int, other: OptimConfig, others: int) -> int:
+    """How many first updates have the same learning rate under two schedules of so many steps."""
+    least = min(steps, others)
+    rates, theirs = (np.asarray(schedule(each, n)(np.arange(least))) for each, n in ((o, steps), (other, others)))
+    return least if np.array_equal(rates, theirs) else int((rates != theirs).argmax())
 
 
 def _cosine(o, progress, done):

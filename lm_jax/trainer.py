@@ -1,8 +1,6 @@
 """The training loop: one step for any objective, and a Trainer that knows neither objective nor model."""
 
 import contextlib
-import os
-import signal
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable, Iterator
@@ -11,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
 
-from lm_jax import checkpoint, hosts, log, optim, parallel
+from lm_jax import checkpoint, hosts, log, optim, parallel, signals
 from lm_jax.batch import Batch, Loss, Mean
-from lm_jax.config import Config, ConfigError, to_dict
+from lm_jax.config import Config, ConfigError, difference, from_dict, to_dict
 from lm_jax.meter import Meter, Profile
 from lm_jax.models.layers import kinds
+from lm_jax.workdir import FREE, Workdir
 
+# Keys in which runs may differ that begin alike.
+LENGTH = ("train.steps:", "optim.schedule:", "optim.decay:", "optim.floor:")
 PATIENCE = 50  # refused updates in a row after which a run is diverged
 
 
@@ -39,6 +39,20 @@ class Every:
     steps: int
     do: Callable[["Trainer"], None]
 
+    def due(self, step: int, last: int) -> bool:
+        return step % self.steps == 0 or step == last
+
+
+@dataclass(frozen=True)
+class After:
+    """Call `do(trainer)` after one step."""
+
+    step: int
+    do: Callable[["Trainer"], None]
+
+    def due(self, step: int, last: int) -> bool:
+        return step == self.step
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -56,7 +70,7 @@ class Recipe:
     flops: float
     data: str
     trainable: Any = nnx.Param
-    hooks: tuple[Every, ...] = ()
+    hooks: tuple[Every | After, ...] = ()
     derived: Callable[[dict], dict] = lambda numbers: {}
 
 
@@ -96,21 +110,26 @@ def make_step(loss: Loss, tx, rate, *, trainable=nnx.Param, microbatches: int = 
 class Trainer:
     """Runs a recipe to `config.train.steps`, from where the workdir's checkpoints end.
 
+    Where there are none yet it may `start` from those of another run, which the config would have made alike up to
+    there: such runs share a trunk, and a wsd run keeps the state before its cool-down for them.
     The host never waits for the step it has just sent: a step's numbers are read while the next one runs. SIGTERM and
-    SIGINT save and stop; a second signal, of several processes a second SIGINT, stops at once.
+    SIGINT save and stop; a second signal, of several processes a second SIGINT, stops at once. `quiet` shows no bar.
     """
 
-    def __init__(self, config: Config, model, recipe: Recipe, workdir, *, say=print):
+    def __init__(self, config: Config, model, recipe: Recipe, workdir, *, start=None, say=print, quiet: bool = False):
         self.config, self.recipe, self.workdir = config, recipe, workdir
-        c = config.train
+        c, trunk = config.train, optim.trunk(config.optim, config.train.steps)
         tx = optim.make(config.optim, c.steps, kinds(model, recipe.trainable))
         rate = optim.schedule(config.optim, c.steps)
         step = make_step(recipe.loss, tx, rate, trainable=recipe.trainable, microbatches=c.microbatches)
         self.step = jax.jit(step, donate_argnums=0)
         self.state = begin(model, tx, trainable=recipe.trainable)
-        self.checkpoints = checkpoint.Checkpoints(workdir.checkpoints, keep=c.keep, say=say)
-        self.done, seconds = self.restore(say)  # steps, as the host counts them, and what they took
-        self.log = log.Log(workdir, steps=c.steps, start=self.done, loggers=c.loggers, config=to_dict(config))
+        self.hooks = (Every(c.checkpoint_every, self.save), After(trunk, self.save), *recipe.hooks)
+        self.checkpoints = checkpoint.Checkpoints(workdir.checkpoints, keep=c.keep, spare=trunk, say=say)
+        self.begun = 0  # step of another run that this one started from
+        self.done, seconds = self.restore(start, say)  # steps, as the host counts them, and what they took
+        self.log = log.Log(workdir, steps=c.steps, start=self.done, loggers=c.loggers, config=to_dict(config),
+                           quiet=quiet)
         self.meter = Meter(self.log, recipe.tokens, recipe.flops, recipe.derived, every=c.log_every, seconds=seconds)
 
     def __enter__(self):
@@ -119,33 +138,68 @@ class Trainer:
     def __exit__(self, *error):
         self.log.close()
 
-    def restore(self, say) -> tuple[int, float]:
+    def restore(self, start, say) -> tuple[int, float]:
         """Go on from the newest intact checkpoint, if there is one; its step, and the seconds of training before it."""
         found = self.checkpoints.restore(saved(self.state))
-        step, tree, extra = found or (0, None, {"seconds": 0.0})
-        if tree and extra["data"] != self.recipe.data:
-            raise ConfigError(f"{self.workdir.path} was trained on data {extra['data']} and the store now holds "
-                              f"{self.recipe.data}: bring the old data back, or pass another --workdir")
+        if found is None and start is not None:
+            return self._branch(start, say)
+        step, tree, extra = found or (0, None, {"seconds": 0.0, "begun": 0})
+        if tree:
+            self._same_data(extra["data"], self.workdir.path)
         evaluated = min(step, self.config.train.steps - 1)  # the last evaluation comes after the last checkpoint
         gone = self.workdir.keep_metrics(step, evaluated=evaluated)
         if tree:
-            self.state = resumed(self.state, tree)
+            self.state, self.begun = resumed(self.state, tree), extra["begun"]
             say(f"resumed at step {step}" + (f"; {gone} later rows of metrics.jsonl are made again" if gone else ""))
         return step, extra["seconds"]
+
+    def _branch(self, start, say) -> tuple[int, float]:
+        """Begin as the run in folder `start` was, at the last of its checkpoints that this run would have made too."""
+        most = self._shared(start)
+        with contextlib.closing(checkpoint.Checkpoints(f"{start}/checkpoints", say=say)) as theirs:
+            found = theirs.restore(saved(self.state), most=most)
+        if found is None:
+            raise ConfigError(f"--start={start} has no checkpoint of its first {most} steps, after which its learning "
+                              f"rate is another (it has {theirs.steps()}): a wsd run keeps the one before its cool-down")
+        step, tree, extra = found
+        self._same_data(extra["data"], start)
+        self.workdir.take_metrics(start, step)
+        self.state, self.begun = resumed(self.state, tree), step
+        say(f"starts at step {step} of {start}")
+        return step, extra["seconds"]
+
+    def _shared(self, start) -> int:
+        """How many first steps of the run in folder `start` this run would make too; ConfigError where it is another.
+        """
+        recorded = Workdir(start, writes=False).read_json("config.json")
+        if recorded is None:
+            raise ConfigError(f"--start={start} is no run's folder: it has no config.json")
+        c, theirs = self.config, from_dict(recorded)
+        if lines := [line for line in difference(recorded, to_dict(c)) if not line.startswith((*FREE, *LENGTH))]:
+            raise ConfigError(f"--start={start} is of another run, which cannot be this one's beginning\n  "
+                              + "\n  ".join(lines))
+        if any(isinstance(stage, tuple) for stage in c.data.weights):
+            raise ConfigError(f"--start={start}: data.weights has stages, which are shares of a run's length: another "
+                              "length is another run from its first step")
+        return optim.common(c.optim, c.train.steps, theirs.optim, theirs.train.steps)
+
+    def _same_data(self, data: str, folder):
+        if data != self.recipe.data:
+            raise ConfigError(f"{folder} was trained on data {data} and the store now holds "
+                              f"{self.recipe.data}: bring the old data back, or pass another --workdir")
 
     def save(self, *_):
         """Begin to save the state; the data position is the number of steps done."""
         c = self.config
         extra = {"config": to_dict(c), "seed": c.seed, "batches": self.done, "data": self.recipe.data,
-                 "seconds": self.meter.seconds}
+                 "seconds": self.meter.seconds, "begun": self.begun}
         self.checkpoints.save(self.done, saved(self.state), extra)
 
     def fit(self) -> str:
         """Train; returns "ok", "stopped" (by a signal) or "diverged" (every update refused); saved."""
         c, status = self.config.train, "ok"
-        hooks = (Every(c.checkpoint_every, self.save), *self.recipe.hooks)
         key = jax.random.key(self.config.seed)
-        with _signals() as stop, self.recipe.batches(self.done) as batches, Profile(c.profile, self.workdir) as profile:
+        with signals.caught() as stop, self.recipe.batches(self.done) as batches, Profile(c.profile, self.workdir) as profile:
             while self.done < c.steps and status == "ok":
                 profile.before(self.done + 1)
                 batch = hosts.put_batch(self.meter.waited(batches), c.batch)
@@ -155,8 +209,8 @@ class Trainer:
                 self.checkpoints.poll()
                 profile.after(self.done, self.state)
                 diverged = self.meter.streak >= PATIENCE
-                status = "stopped" if _agreed(stop, self.done) else "diverged" if diverged else "ok"
-                due = [hook for hook in hooks if self.done % hook.steps == 0 or self.done == c.steps]
+                status = "stopped" if signals.agreed(stop, self.done) else "diverged" if diverged else "ok"
+                due = [hook for hook in self.hooks if hook.due(self.done, c.steps)]
                 if due or status != "ok":
                     self.meter.flush()
                 if status == "stopped":
@@ -207,40 +261,3 @@ def _summed(gradient, batch, key, parts: int):
     zeros = jax.tree.map(lambda a: jnp.zeros_like(a), jax.eval_shape(gradient, first, key))
     add = lambda total, xs: (jax.tree.map(jnp.add, total, gradient(*xs)), None)
     return jax.lax.scan(add, zeros, (cut, keys))[0]
-
-
-@contextlib.contextmanager
-def _signals():
-    """A list that a SIGTERM or SIGINT makes non-empty; the second one acts as it would without us.
-
-    Of several processes each leaves SIGTERM to JAX, whose coordinator has all of them stop after the same step; SIGINT
-    becomes a SIGTERM, and a second one kills.
-    """
-    seen, alone = [], jax.process_count() == 1
-    ours = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
-
-    def note(number, frame):
-        seen.append(number)
-        for s, handler in before.items():
-            signal.signal(s, handler if alone else signal.SIG_DFL)
-        if not alone:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before = {s: signal.getsignal(s) for s in ours}
-    try:
-        for s in before:
-            signal.signal(s, note)
-    except ValueError:  # not the main thread: whoever owns it owns the signals
-        before = {}
-    try:
-        yield seen
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-def _agreed(stop: list, step: int) -> bool:
-    """Whether to stop after this step; all processes stop after the same one."""
-    if jax.process_count() == 1:
-        return bool(stop)
-    return multihost_utils.reached_preemption_sync_point(step)

@@ -101,16 +101,19 @@ class Workdir:
 
         def kept():
             nonlocal gone
-            with open(self.metrics, errors="replace") as f:
-                for line in f:
-                    at, tagged = _place(line)
-                    if at <= ends[tagged]:
-                        yield line
-                    else:
-                        gone += 1
+            for line, at, tagged in _rows(self.metrics):
+                if at <= ends[tagged]:
+                    yield line
+                else:
+                    gone += 1
 
         disk.replace(self.metrics, kept())
         return gone
+
+    def take_metrics(self, start, step: int):
+        """Begin metrics.jsonl with the rows up to `step` of the run in folder `start`."""
+        if self.writes and (theirs := Path(start) / "metrics.jsonl").exists():
+            disk.replace(self.metrics, (line for line, at, _ in _rows(theirs) if at <= step))
 
     def _begun(self) -> bool:
         """Whether there is anything that another config would spoil."""
@@ -153,10 +156,13 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _place(line: str) -> tuple[float, bool]:
-    """The step of a row and whether it is an evaluation's; infinity for what is no whole row."""
-    try:
-        row = json.loads(line)
-        return (row["step"] if line.endswith("\n") else math.inf), "tag" in row
-    except (ValueError, KeyError, TypeError):
-        return math.inf, False
+def _rows(path: Path):
+    """Lines of a metrics.jsonl, the step of each and whether it is an evaluation's; infinity for what is no whole row.
+    """
+    with open(path, errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                yield line, row["step"] if line.endswith("\n") else math.inf, "tag" in row
+            except (ValueError, KeyError, TypeError):
+                yield line, math.inf, False

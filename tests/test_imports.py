@@ -15,7 +15,7 @@ FILES = sorted((ROOT / "lm_jax").rglob("*.py"))
 LAYERS = (
     ("errors", "checks", "disk", "devices"),
     ("config",),
-    ("parallel", "batch", "seal", "workdir"),
+    ("parallel", "batch", "seal", "workdir", "signals"),
     ("data", "models", "hosts"),
     ("losses", "surgery", "optim", "checkpoint", "log", "plots", "hub"),
     ("meter",),
@@ -24,7 +24,7 @@ LAYERS = (
     ("preflight",),
     ("launchers",),
     ("scaling",),
-    ("prepare", "train", "plan", "sweep", "fit", "bench", "evaluate", "generate", "convert", "serve"),
+    ("prepare", "train", "together", "plan", "sweep", "fit", "bench", "evaluate", "generate", "convert", "serve"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 LONGEST = {"lm_jax.config": 330}  # lines, where more than 300 are good; half of this one is the table of knobs

@@ -77,11 +77,12 @@ def test_a_poisoned_batch_changes_nothing_but_the_counts(poison):
     jax.tree.map(np.testing.assert_array_equal, trainer.parameters(clean.model), trainer.parameters(never.model))
 
 
-def run(path, *, stop_at=None, data="d", steps=STEPS, loss=losses.next_token, **train):
+def run(path, *, stop_at=None, data="d", steps=STEPS, loss=losses.next_token, start=None, weights=(), **optimizer):
     """A run of the Trainer in a folder, stopped by a real SIGTERM after `stop_at` steps; (status, trainer)."""
     c = config.default()
-    c.train.update(steps=steps, batch=8, checkpoint_every=4, loggers="", **train)
-    c.optim.update(warmup=2, ema=0.9, spike=5.0)
+    c.train.update(steps=steps, batch=8, checkpoint_every=4, loggers="")
+    c.optim.update(dict(warmup=2, ema=0.9, spike=5.0) | optimizer)
+    c.data.weights = weights
     c = config.resolve(c)
 
     @contextlib.contextmanager
@@ -97,7 +98,7 @@ def run(path, *, stop_at=None, data="d", steps=STEPS, loss=losses.next_token, **
     workdir.open(config.to_dict(c))
     try:
         model = transformer.make(tiny.settings(dropout=0.1), seed=0)
-        it = trainer.Trainer(c, model, recipe, workdir, say=lambda line: None)
+        it = trainer.Trainer(c, model, recipe, workdir, start=start, say=lambda line: None)
         status = it.fit()
         it.log.close()
         return status, it
@@ -117,6 +118,39 @@ def test_a_run_that_is_stopped_and_started_again_is_bitwise_the_unbroken_one(tmp
     rows = [[line.split('"tokens"')[0] for line in (tmp_path / name / "metrics.jsonl").open()]
             for name in ("whole", "part")]
     assert rows[0] == rows[1] and len(rows[0]) == STEPS, "each step's numbers are there once, and the same"
+
+
+def test_a_longer_run_that_starts_from_a_shorter_ones_trunk_is_bitwise_what_it_would_be_alone(tmp_path):
+    wsd = dict(schedule="wsd", decay=0.3)
+    _, whole = run(tmp_path / "whole", steps=24, **wsd)
+    _, short = run(tmp_path / "short", steps=14, **wsd)
+    trunk = optim.trunk(short.config.optim, 14)
+    assert trunk == 9 and short.checkpoints.steps() == [9, 12, 14], "two newest, and the one before the cool-down"
+    status, branch = run(tmp_path / "branch", steps=24, stop_at=13, start=tmp_path / "short", **wsd)
+    assert status == "stopped" and branch.begun == trunk
+    status, branch = run(tmp_path / "branch", steps=24, start=tmp_path / "short", **wsd)
+    assert status == "ok" and branch.begun == trunk, "what it began as is known after a restart"
+    for (name, a), b in zip(flat(whole.state).items(), flat(branch.state).values()):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+    rows = [[line.split('"tokens"')[0] for line in (tmp_path / name / "metrics.jsonl").open()]
+            for name in ("whole", "branch")]
+    assert rows[0] == rows[1] and len(rows[0]) == 24, "the trunk's rows are the branch's too"
+
+
+def test_a_run_starts_only_from_what_it_would_have_been(tmp_path):
+    run(tmp_path / "a", schedule="wsd", decay=0.3, steps=14)
+    start = lambda **other: run(tmp_path / "b", start=tmp_path / "a", **(dict(schedule="wsd", steps=24) | other))
+    with pytest.raises(ConfigError, match="optim.lr: 0.003 -> 0.001"):
+        start(lr=1e-3)
+    with pytest.raises(ConfigError, match="was trained on data d and the store now holds e"):
+        start(data="e")
+    with pytest.raises(ConfigError, match="no checkpoint of its first 2 steps.*it has .9, 12, 14."):
+        start(schedule="cosine")
+    with pytest.raises(ConfigError, match="weights has stages"):
+        run(tmp_path / "c", schedule="wsd", steps=14, weights=((0.0, 1.0), (0.5, 1.0)))
+        run(tmp_path / "b", start=tmp_path / "c", schedule="wsd", steps=24, weights=((0.0, 1.0), (0.5, 1.0)))
+    with pytest.raises(ConfigError, match="is no run's folder"):
+        run(tmp_path / "b", start=tmp_path / "none")
 
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path):

@@ -1,6 +1,7 @@
 """What a pretraining run says of itself: its manifest, its summary, a sample, and how it does beside xz."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import lzma
 import platform
@@ -61,7 +62,7 @@ def summary(recipe: Pretraining, run, status: str, results: dict, wall: float) -
     beside = xz(recipe) if status == "ok" else {}
     final = results.get("all") or next(iter(results.values()), {})
     return {"status": status, "steps": run.done, "tokens": run.done * run.recipe.tokens,
-            "flops": run.done * run.recipe.flops,
+            "flops": run.done * run.recipe.flops, "flops_spent": (run.done - run.begun) * run.recipe.flops,
             "epochs": run.done * recipe.config.train.batch / recipe.rows_available, "seconds": run.meter.seconds,
             "compile_seconds": run.meter.compile_seconds,
             "wall_seconds": wall, **final,
@@ -70,9 +71,8 @@ def summary(recipe: Pretraining, run, status: str, results: dict, wall: float) -
 
 def xz(recipe: Pretraining) -> dict:
     """Bits per byte that `xz -9` reaches on the held-out text, for causal models, which can be compared with it."""
-    texts = "".join(text for tag in recipe.store.tags for text in recipe.store.held_out(tag)).encode() \
-        if recipe.config.data.objective == "causal" and _held_out_bytes(recipe) <= XZ_LIMIT else b""
-    return {"xz_bits_per_byte": 8 * len(lzma.compress(texts, preset=9)) / len(texts)} if texts else {}
+    able = recipe.config.data.objective == "causal" and 0 < _held_out_bytes(recipe) <= XZ_LIMIT
+    return {"xz_bits_per_byte": _xz(recipe.store)} if able else {}
 
 
 def sampled(recipe: Pretraining, model) -> str:
@@ -163,6 +163,12 @@ def _answer(model, prompt, tokenizer, *, temperature):
 def _flops_per_token(recipe):
     tokens, source = row_lengths(recipe.config)
     return flops.train(recipe.model_config, tokens, source) / (tokens + source)
+
+
+@functools.lru_cache(maxsize=1)  # runs that are made together share their store
+def _xz(store) -> float:
+    texts = "".join(text for tag in store.tags for text in store.held_out(tag)).encode()
+    return 8 * len(lzma.compress(texts, preset=9)) / len(texts)
 
 
 def _held_out_bytes(recipe):
