@@ -145,10 +145,10 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_saved(tmp_path, 
 def test_a_second_interrupt_of_one_of_many_kills_it():
     code = """
 import os, signal, jax
-from lm_jax import trainer
+from lm_jax import signals
 jax.process_count = lambda: 2
 signal.signal(signal.SIGTERM, lambda *_: print("told JAX", flush=True))
-with trainer._signals():
+with signals.caught():
     os.kill(os.getpid(), signal.SIGINT)
     print("goes on", flush=True)
     os.kill(os.getpid(), signal.SIGINT)

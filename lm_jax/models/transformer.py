@@ -232,12 +232,17 @@ class Transformer(nnx.Module):
 
 def make(cfg: TransformerConfig, *, seed: int) -> Transformer:
     """A new model under jit, each weight made on the devices that keep it; numbers do not depend on the mesh."""
-    return jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(params=seed)))()
+    return _made(cfg, jax.random.key(seed))
 
 
 def root(cfg: TransformerConfig) -> float:
     """sqrt(D), by which tables are scaled; the base model's in muP, where no activation grows with the width."""
     return (cfg.base_width or cfg.width) ** 0.5
+
+
+@partial(jax.jit, static_argnums=0)  # so that many seeds are one program
+def _made(cfg, key):
+    return Transformer(cfg, rngs=nnx.Rngs(params=key))
 
 
 def _written(cache: Cache, layout: Layout) -> Layout:
