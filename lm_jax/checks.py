@@ -15,7 +15,7 @@ def impossible(c):
     """Everything about a config that cannot run."""
     yield from _ranges(c)
     yield from _name(c.name)
-    yield from _model(c.model)
+    yield from model(c.model)
     yield from _data(c.data)
     yield from _objective(c.model, c.data)
     yield from _optim(c.optim)
@@ -61,15 +61,20 @@ def value(config, key: str):
 
 AT_LEAST = {
     "model.width": 1, "model.depth": 1, "model.heads": 1, "model.max_length": 1, "data.length": 2, "data.span": 1,
+    "model.moe.groups": 1, "model.moe.top_groups": 1, "model.buckets": 2, "model.farthest": 2,
     "train.batch": 1, "train.steps": 1, "train.microbatches": 1, "train.log_every": 1, "train.keep": 1,
     "train.eval_every": 1, "train.checkpoint_every": 1,
 } | dict.fromkeys(("seed", "model.vocab", "model.encoder_depth", "model.kv_heads", "model.head_size", "model.hidden",
-                   "model.window", "model.types", "model.base_width", "model.base_depth", "model.attention_scale",
+                   "model.window", "model.types", "model.labels", "model.latent",
+                   "model.query_latent", "model.value_size", "model.rope.original", "model.rope.fast",
+                   "model.rope.mscale", "model.rope.mscale_all", "model.rope.local_theta", "model.moe.hidden",
+                   "model.base_width", "model.base_depth", "model.attention_scale",
                    "model.attention_softcap", "model.logit_softcap", "model.init_std", "model.norm_eps",
                    "model.moe.experts", "model.moe.shared", "model.moe.balance", "model.moe.router_z",
                    "optim.warmup", "optim.eps", "optim.weight_decay", "optim.clip", "optim.spike",
                    "train.eval_rows", "train.z_loss", "train.profile"), 0)
-ABOVE_0 = ("model.rope.theta", "model.rope.factor", "model.rope.fraction", "optim.lr")
+ABOVE_0 = ("model.rope.theta", "model.rope.factor", "model.rope.fraction", "model.rope.slow", "model.moe.scale",
+           "optim.lr")
 SHARES = ("model.rope.fraction", "data.noise", "data.validation", "optim.decay", "optim.floor", "train.smoothing")
 BELOW_1 = ("model.dropout", "optim.ema")
 
@@ -94,24 +99,50 @@ def _name(name):
         yield f"name={name!r}: a word that can name a folder in runs/, without / or \\"
 
 
-def _model(m):
+def model(m):
+    """What is wrong with a model by itself, whatever it is trained on."""
     if m.heads > 0 and m.width % m.heads and not m.head_size:
         yield f"model.width={m.width} over model.heads={m.heads}: make it a multiple, or set model.head_size"
     if m.kv_heads > 0 and m.heads % m.kv_heads:
         yield f"model.heads={m.heads} over model.kv_heads={m.kv_heads}: make it a multiple"
     if m.encoder_depth and not m.causal:
         yield "model.encoder_depth > 0 with model.causal=False: the decoder of an encoder-decoder is causal"
-    if m.moe.experts and not 1 <= m.moe.top_k <= m.moe.experts:
-        yield f"model.moe.top_k={m.moe.top_k}: between 1 and model.moe.experts={m.moe.experts}"
-    if m.moe.shared and not m.moe.experts:
+    if m.moe.experts:
+        yield from _experts(m.moe)
+    elif m.moe.shared:
         yield f"model.moe.shared={m.moe.shared} with model.moe.experts=0: set experts, or leave shared at 0"
     if not m.window_pattern or set(m.window_pattern) - set("SF"):
         yield f"model.window_pattern={m.window_pattern!r}: letters S (sliding) and F (full)"
     elif m.window_pattern != "S" and not m.window:
         yield (f"model.window_pattern={m.window_pattern!r} with model.window=0: say how many tokens a sliding layer "
                "sees, or leave the pattern at 'S'")
+    if m.pooler != "none" and (m.causal or m.head not in ("classes", "none")):
+        yield (f"model.pooler={m.pooler!r} with model.head={m.head!r}: it stands before model.head='classes' of a model "
+               "with model.causal=False, or alone")
     yield from _positions(m)
+    yield from _latent(m)
     yield from _mup(m)
+
+
+def _experts(moe):
+    if not 1 <= moe.top_k <= moe.experts:
+        yield f"model.moe.top_k={moe.top_k}: between 1 and model.moe.experts={moe.experts}"
+    if not moe.pattern or set(moe.pattern) - set("DE"):
+        yield f"model.moe.pattern={moe.pattern!r}: letters E (experts) and D (dense)"
+    if moe.experts % moe.groups or not 1 <= moe.top_groups <= moe.groups:
+        yield (f"model.moe.groups={moe.groups} and top_groups={moe.top_groups} with experts={moe.experts}: groups "
+               "divide the experts, and some of them are chosen")
+    elif moe.groups > 1 and moe.top_k > moe.experts // moe.groups * moe.top_groups:
+        yield f"model.moe.top_k={moe.top_k}: more experts than model.moe.top_groups={moe.top_groups} groups have"
+
+
+def _latent(m):
+    if not m.latent:
+        wrong = [key for key in ("query_latent", "value_size") if getattr(m, key)]
+        yield from (f"model.{key}={getattr(m, key)} with model.latent=0: set the latter" for key in wrong)
+    elif m.encoder_depth or m.qk_norm or m.sinks or m.positions != "rope" or m.bias != "none" or m.kv_heads:
+        yield (f"model.latent={m.latent} is of decoders with positions='rope', bias='none', kv_heads=0 and without "
+               "qk_norm and sinks: leave those at their defaults, or latent at 0")
 
 
 def _positions(m):
@@ -120,6 +151,9 @@ def _positions(m):
     if m.rope.scaling != "none" and m.positions != "rope":
         yield (f"model.rope.scaling={m.rope.scaling!r} with model.positions={m.positions!r}: only 'rope' can be "
                "scaled, leave it at 'none'")
+    if m.rope.local_theta and (m.positions != "rope" or not m.window):
+        yield (f"model.rope.local_theta={m.rope.local_theta} is of sliding layers with rotary positions: set "
+               "model.window and model.positions='rope', or leave it at 0")
     if m.rope.factor != 1 and m.rope.scaling == "none":
         yield (f"model.rope.factor={m.rope.factor} with model.rope.scaling='none': name a scaling, or leave the "
                "factor at 1")
@@ -153,6 +187,8 @@ def _objective(m, d):
         yield f"data.objective={d.objective!r} wants a decoder: model.causal=True and model.encoder_depth=0"
     if d.objective in ("span", "ul2") and not m.encoder_depth:
         yield f"data.objective={d.objective!r} wants an encoder and a decoder: model.encoder_depth > 0"
+    if m.head in ("classes", "tags", "span", "none"):
+        yield f"model.head={m.head!r} with data.objective={d.objective!r}: pretraining wants 'lm', 'mlm' or 'bert'"
     if (m.head == "bert") != (d.objective == "masked_pairs"):
         yield (f"model.head={m.head!r} with data.objective={d.objective!r}: the 'bert' head and 'masked_pairs' go "
                "together")

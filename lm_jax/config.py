@@ -31,8 +31,14 @@ class RopeConfig:
     theta: float = 10_000.0  # wavelength base (Su et al. 2021)
     fraction: float = 1.0  # share of each head that is rotated (partial rotary)
     interleaved: bool = False  # True pairs neighbours (0,1)(2,3); False pairs halves, as LLaMA files do
-    scaling: str = "none"  # none | linear | ntk | dynamic | yarn | llama3: how to reach past model.max_length
-    factor: float = 1.0  # how many times longer than model.max_length
+    scaling: str = "none"  # none | linear | ntk | dynamic | yarn | llama3: how to reach past the length trained on
+    factor: float = 1.0  # how many times longer than that
+    original: int = 0  # the length trained on, from which scaling starts; 0 is model.max_length
+    slow: float = 1.0  # waves of fewer turns in that length are stretched whole (yarn, llama3)
+    fast: float = 0.0  # waves of more turns are kept, a blend between; 0 is the paper's: yarn 32, llama3 4
+    mscale: float = 0.0  # yarn's factor on cos and sin, with that of the next line below it; 0 is the paper's
+    mscale_all: float = 0.0  # and its square on attention's logits (DeepSeek: 1)
+    local_theta: float = 0.0  # > 0: theta of sliding layers, which are never scaled (Gemma 3: 1e4)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,14 @@ class MoEConfig:
     experts: int = 0  # E; 0 is a dense MLP
     top_k: int = 2  # experts that each token visits
     shared: int = 0  # experts that every token visits besides (DeepSeekMoE)
+    hidden: int = 0  # F of an expert; 0 is the dense layers'
+    pattern: str = "E"  # repeated over the layers: E experts, D a dense MLP (DeepSeek-V3: DDD, then E)
+    score: str = "softmax"  # softmax | sigmoid: what a gate is before the chosen ones are normalised
+    normalized: bool = True  # the chosen gates sum to 1
+    scale: float = 1.0  # times this (DeepSeek-V3: 2.5)
+    bias: bool = False  # a number an expert that sways the choice and not the gate (DeepSeek-V3)
+    groups: int = 1  # experts are chosen within the best groups of so many, by the sum of each one's two best
+    top_groups: int = 1  # how many
     balance: float = 0.01  # weight of the load-balance loss, per row (DeepSeek-V3, eq. 17-20)
     router_z: float = 1e-3  # weight of the squared router log-partition (ST-MoE)
 
@@ -53,18 +67,24 @@ class TransformerConfig:
     heads: int = 4  # N
     kv_heads: int = 0  # K; 0 is N (multi-head), 1 is multi-query
     head_size: int = 0  # H; 0 is D / N
+    latent: int = 0  # > 0: keys and values are made of a latent of this size, which is cached (MLA, DeepSeek)
+    query_latent: int = 0  # with `latent`: queries are too; 0 makes them of the row itself
+    value_size: int = 0  # with `latent`: a head's values; 0 is the part of its keys that is not rotated
     hidden: int = 0  # F; 0 is 4 D, or 8/3 D rounded up to a multiple of 32 if gated
     causal: bool = True  # False sees both ways: BERT
     norm: str = "rms"  # rms | layer | none (parameter-free RMS)
     norm_place: str = "pre"  # pre | post | sandwich
     norm_eps: float = 1e-6
+    norm_plus_one: bool = False  # norms multiply by 1 + w: weights near 0 keep their bits (Gemma)
     embed_norm: bool = False  # a norm right after the embeddings (BERT)
-    bias: str = "none"  # none | qkv | norm | all: which layers carry a bias
+    bias: str = "none"  # none | qkv | attention | norm | all: which layers carry a bias
     activation: str = "silu"  # gelu | gelu_tanh | relu | relu2 | silu
     gated: bool = True  # two up-projections, one through the activation (GLU)
     positions: str = "rope"  # rope | learned | sinusoidal | relative | alibi | none
     max_length: int = 2048  # rows of learned positions; the length that rope scaling starts from
     rope: RopeConfig = field(default_factory=RopeConfig)
+    buckets: int = 32  # of relative positions (T5)
+    farthest: int = 128  # distance that the last bucket begins at
     qk_norm: bool = False  # norm on each head's queries and keys: bounds attention logits
     attention_scale: float = 0.0  # 0 is 1/sqrt(H); T5 has 1
     attention_softcap: float = 0.0  # 0 is off; Gemma 2 has 50
@@ -76,7 +96,10 @@ class TransformerConfig:
     tied: bool = True  # the output table is the embedding table
     table_scale: str = "none"  # none | in: embeddings x sqrt(D) (Gemma) | out: hidden x 1/sqrt(D) before the head (T5)
     types: int = 0  # token-type embeddings (BERT: 2)
-    head: str = "lm"  # lm | mlm (dense, act, norm, tied, bias) | bert (mlm, pooler and next-sentence head)
+    head: str = "lm"  # lm | mlm (dense, act, norm, tied, bias) | bert (mlm, pooler and next-sentence head), or of
+    #                   fine-tuned models: classes of a row | tags of each token | span (question answering) | none
+    labels: int = 0  # outputs of the heads that are not over the vocabulary; 0 is 2
+    pooler: str = "none"  # none | tanh | relu: a layer over a row's first token, before its classes (BERT: tanh)
     dropout: float = 0.0
     init_std: float = 0.0  # 0: 1/sqrt(fan-in), embeddings 0.02; else every table and matrix (GPT-2: 0.02)
     base_width: int = 0  # > 0 is muP with depth scaling (CompleteP): hyperparameters transfer from this width
@@ -89,9 +112,13 @@ class TransformerConfig:
     def sizes(self) -> dict[str, int]:
         """Letter -> size, with what is left at 0 filled in."""
         hidden = self.hidden or (-(-8 * self.width // 96) * 32 if self.gated else 4 * self.width)
-        return dict(D=self.width, F=hidden, N=self.heads, K=self.kv_heads or self.heads, V=self.vocab,
-                    H=self.head_size or self.width // self.heads, E=self.moe.experts, M=self.width, P=self.max_length,
-                    G=self.types, U=32, C=2)
+        head = self.head_size or self.width // self.heads
+        turned = int(head * self.rope.fraction + 1e-6) // 2 * 2  # sizes of a head that are rotated
+        value = self.value_size or head - turned
+        return dict(D=self.width, F=hidden, N=self.heads, K=self.kv_heads or self.heads, V=self.vocab, H=head,
+                    E=self.moe.experts, M=self.width, P=self.max_length, G=self.types, U=self.buckets,
+                    C=self.labels or 2, J=turned, Q=self.query_latent, W=self.latent, Y=self.latent + turned,
+                    Z=head - turned + value, O=value)
 
 
 @dataclass(frozen=True)
@@ -168,12 +195,14 @@ class Config:
 CHOICES = {
     "model.norm": ("rms", "layer", "none"),
     "model.norm_place": ("pre", "post", "sandwich"),
-    "model.bias": ("none", "qkv", "norm", "all"),
+    "model.bias": ("none", "qkv", "attention", "norm", "all"),
     "model.activation": ("gelu", "gelu_tanh", "relu", "relu2", "silu"),
     "model.positions": ("rope", "learned", "sinusoidal", "relative", "alibi", "none"),
     "model.rope.scaling": ("none", "linear", "ntk", "dynamic", "yarn", "llama3"),
     "model.table_scale": ("none", "in", "out"),
-    "model.head": ("lm", "mlm", "bert"),
+    "model.head": ("lm", "mlm", "bert", "classes", "tags", "span", "none"),
+    "model.pooler": ("none", "tanh", "relu"),
+    "model.moe.score": ("softmax", "sigmoid"),
     "model.attention": ("auto", "xla", "cudnn", "splash", "ring"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),

@@ -20,6 +20,9 @@ VARIANTS = {
     "bert": dict(causal=False, norm="layer", bias="all", gated=False, positions="learned", types=2, head="bert"),
     "t5": dict(encoder_depth=3, gated=False, head_size=8, positions="relative"),
     "moe": dict(moe=config.MoEConfig(experts=4, top_k=2, shared=1), kv_heads=1),
+    "deepseek": dict(moe=config.MoEConfig(experts=8, top_k=2, shared=1, hidden=24, pattern="DE", score="sigmoid",
+                                          bias=True, groups=4, top_groups=2, scale=2.5),
+                     latent=12, query_latent=20, head_size=12, value_size=10, rope=config.RopeConfig(fraction=1 / 3)),
 }
 
 

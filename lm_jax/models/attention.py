@@ -18,7 +18,7 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: TransformerConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        inner, outer = cfg.bias in ("qkv", "all"), cfg.bias == "all"
+        inner, outer = cfg.bias in ("qkv", "attention", "all"), cfg.bias in ("attention", "all")
         even = 1 / (attention_scale(cfg) * cfg.sizes["H"] ** 0.5)  # scaled products start at about 1, T5's too
         self.query = Einsum("BTD,DNH->BTNH", cfg, rngs=rngs, bias=inner, gain=even)
         self.key = Einsum("BTD,DKH->BTKH", cfg, rngs=rngs, bias=inner)
@@ -65,17 +65,23 @@ class Attention(nnx.Module):
             drop=drop, sinks_N=None if self.sinks is None else self.sinks[...], **asked)
         return self.out(y_BTNH)
 
+    @staticmethod
+    def kept(cfg: TransformerConfig) -> tuple[tuple[int, int], ...]:
+        """Heads and sizes of what a cache keeps of a token: keys and values."""
+        return ((cfg.sizes["K"], cfg.sizes["H"]),) * 2
+
 
 class RelativeBias(nnx.Module):
     """T5's learned bias per head and distance bucket, one table for all layers of a stack."""
 
     def __init__(self, cfg: TransformerConfig, *, causal: bool, rngs: nnx.Rngs):
-        self.causal = causal
+        self.causal, self.farthest = causal, cfg.farthest
         self.table = normal("UN", cfg, rngs=rngs, std=cfg.init_std or 0.02, fan_in="", role="embedding")
 
     def __call__(self, query: Layout, key: Layout):
         table_UN = parallel.gather(self.table[...], "UN")
-        bucket_BTS = positions.buckets(-distance(query, key), causal=self.causal, count=table_UN.shape[0])
+        bucket_BTS = positions.buckets(-distance(query, key), causal=self.causal, count=table_UN.shape[0],
+                                       farthest=self.farthest)
         sharding = parallel.activation("BTSN", (*bucket_BTS.shape, table_UN.shape[1]))
         return jnp.moveaxis(table_UN.at[bucket_BTS].get(out_sharding=sharding), 3, 1)
 
@@ -86,8 +92,9 @@ def alibi(cfg: TransformerConfig, query: Layout, key: Layout):
 
 
 def attention_scale(cfg: TransformerConfig) -> float:
-    """1/sqrt(H) unless set; in muP too, where the number of heads grows and not their size."""
-    return cfg.attention_scale or cfg.sizes["H"] ** -0.5
+    """1/sqrt(H) unless set; in muP too, where the number of heads grows and not their size. YaRN may sharpen it."""
+    sharper = positions.mscale(cfg.rope.factor, cfg.rope.mscale_all) if cfg.rope.mscale_all else 1.0
+    return (cfg.attention_scale or cfg.sizes["H"] ** -0.5) * sharper**2
 
 
 def whole(x_BTKH):

@@ -33,7 +33,8 @@ def forward(cfg: TransformerConfig, tokens: int, source: int = 0, *, causal: boo
 
 def scores(cfg: TransformerConfig, tokens: int, source: int = 0, *, causal: bool = True) -> int:
     """The part of `forward` that is attention's own: q k and p v."""
-    return 4 * cfg.sizes["N"] * cfg.sizes["H"] * _pairs(cfg, tokens, source, causal=causal)
+    value = cfg.sizes["O"] if cfg.latent else cfg.sizes["H"]
+    return 2 * cfg.sizes["N"] * (cfg.sizes["H"] + value) * _pairs(cfg, tokens, source, causal=causal)
 
 
 def train(cfg: TransformerConfig, tokens: int, source: int = 0, *, causal: bool = True) -> int:
@@ -89,10 +90,10 @@ def tokens_met(weight: Weight, cfg: TransformerConfig, tokens: int, source: int)
     """How many tokens of a row meet a weight."""
     path = weight.path
     if path[0] == "embed":  # read backwards as the output table, or only looked up
-        return tokens if cfg.tied else 0
+        return tokens if cfg.tied and cfg.head in ("lm", "mlm", "bert") else 0
     if not weight.kind.fan_in:
         return 0
-    if path[0] == "pooler":
+    if path[0] in ("pooler", "pool") or (path[0] == "classifier" and cfg.head == "classes"):
         return 1
     memory = "cross" in path and ("key" in path or "value" in path)
     return source if path[0] == "encoder" or memory else tokens

@@ -1,5 +1,6 @@
-"""What stands on top of a stack besides the output table: BERT's masked head and its pooler."""
+"""What stands on top of a stack besides the output table: BERT's masked head and pooler, and heads of fine-tuning."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -33,3 +34,38 @@ class Pooler(nnx.Module):
         first_BTD = parallel.constrain(x_BTD, "BSD")[:, :1]
         pooled_BTM = jnp.tanh(self.dense(first_BTD))
         return pooled_BTM, self.next(pooled_BTM)
+
+
+class Pool(nnx.Module):
+    """A dense layer and an activation on each row's first token: [B, 1, D]."""
+
+    def __init__(self, cfg: TransformerConfig, *, rngs: nnx.Rngs):
+        self.act = cfg.pooler
+        self.dense = Einsum("BTD,DM->BTM", cfg, rngs=rngs, bias=True)
+
+    def __call__(self, x_BTD):
+        return POOLS[self.act](self.dense(parallel.constrain(x_BTD, "BSD")[:, :1]))
+
+
+POOLS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+
+
+class Classifier(nnx.Module):
+    """Scores of C labels: of each token, or of each row by its first token, and, where tokens see none after them, its
+    last."""
+
+    def __init__(self, cfg: TransformerConfig, *, rngs: nnx.Rngs):
+        self.of_rows, self.last = cfg.head == "classes", cfg.causal
+        bias = not (self.of_rows and self.last)
+        self.out = Einsum("BTM,MC->BTC", cfg, rngs=rngs, bias=bias)
+
+    def __call__(self, x_BTD, segments_BT):
+        """scores_BTC in float32, T being 1 for a row; padding, of which `segments_BT` are 0, is no last token."""
+        if self.of_rows and self.last:
+            last_B1 = jnp.where(segments_BT > 0, jnp.arange(segments_BT.shape[1]), -1).max(1, keepdims=True)
+            x_BTD = parallel.constrain(x_BTD, "BSD")
+            here_BS = jnp.arange(segments_BT.shape[1]) == last_B1
+            x_BTD = jnp.where(here_BS[..., None], x_BTD, 0).sum(1, keepdims=True)
+        elif self.of_rows:
+            x_BTD = parallel.constrain(x_BTD, "BSD")[:, :1]
+        return self.out(x_BTD).astype(jnp.float32)

@@ -64,7 +64,8 @@ def _lacks(kernel: "Kernel", cfg, length, use, prefix):
     platform, shards = parallel.platform(), parallel.axis_size("T")
     if platform not in kernel.platforms:
         yield f"platform {platform}"
-    asked = dict(window=cfg.window, softcap=cfg.attention_softcap, sinks=cfg.sinks, dropout=cfg.dropout)
+    asked = dict(window=cfg.window, softcap=cfg.attention_softcap, sinks=cfg.sinks, dropout=cfg.dropout,
+                 latent=cfg.latent)
     names = {"softcap": "attention_softcap"}
     yield from (f"model.{names.get(word, word)}={value}" for word, value in asked.items()
                 if value and word not in kernel.can)
@@ -124,7 +125,7 @@ class Kernel:
     limits: Callable = lambda cfg, length, shards: ()
 
 
-EVERYTHING = ("window", "softcap", "sinks", "bias", "dropout", "prefix", "cache", "cross", "sequence")
+EVERYTHING = ("window", "softcap", "sinks", "bias", "dropout", "latent", "prefix", "cache", "cross", "sequence")
 KERNELS = {
     "xla": Kernel(xla, ("cpu", "gpu", "tpu"), frozenset(EVERYTHING)),
     "cudnn": Kernel(cudnn, ("gpu",), frozenset(("window",)), _cudnn_limits),

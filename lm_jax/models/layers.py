@@ -76,8 +76,8 @@ class Norm(nnx.Module):
     """RMS or layer norm over the last axis in float32, with `cfg.norm` "none" keeping no parameters at all."""
 
     def __init__(self, letters: str, cfg: TransformerConfig):
-        self.kind, self.eps = cfg.norm, cfg.norm_eps
-        self.scale = constant(letters, cfg, 1.0) if cfg.norm != "none" else None
+        self.kind, self.eps, self.plus_one = cfg.norm, cfg.norm_eps, cfg.norm_plus_one
+        self.scale = constant(letters, cfg, 0.0 if self.plus_one else 1.0) if cfg.norm != "none" else None
         self.bias = constant(letters, cfg, 0.0) if cfg.norm != "none" and cfg.bias in ("norm", "all") else None
 
     def __call__(self, x):
@@ -85,7 +85,9 @@ class Norm(nnx.Module):
         if self.kind == "layer":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y if self.scale is None else y * self.scale[...]
+        if self.scale is not None:
+            scale = self.scale[...].astype(jnp.float32)
+            y = y * (1 + scale if self.plus_one else scale)
         y = y if self.bias is None else y + self.bias[...]
         return y.astype(x.dtype)
 

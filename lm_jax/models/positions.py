@@ -1,6 +1,7 @@
 """How a model knows where a token stands: rotary angles and their scalings, sinusoids, relative buckets, ALiBi."""
 
 import math
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,21 +10,27 @@ from lm_jax.config import TransformerConfig
 
 
 def rotary(cfg: TransformerConfig, positions_BT):
-    """Rotary angles (cos, sin), each [B, T, R/2] in float32 for the R = fraction * H rotated sizes (Su et al. 2021).
+    """Rotary angles (cos, sin), each [B, T, J/2] in float32 for the J = fraction * H rotated sizes (Su et al. 2021).
 
-    Scalings reach past `max_length` by `factor`: linear (Chen et al. 2023), ntk and dynamic (stretch theta, the second
-    by the length at hand), yarn (Peng et al. 2023, with its factor on cos and sin), llama3 (Llama 3.1's band blend).
+    Scalings reach past the length trained on by `factor`: linear (Chen et al. 2023), ntk and dynamic (stretch theta,
+    the second by the length at hand), yarn (Peng et al. 2023, with its factor on cos and sin), llama3 (Llama 3.1's
+    band blend).
     """
-    size, rope = _rotated(cfg), cfg.rope
+    size, rope = cfg.sizes["J"], cfg.rope
     exponent = np.arange(0, size, 2) / size
     freqs, gain = SCALINGS[rope.scaling](exponent, cfg, positions_BT)
     angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(freqs, jnp.float32)
     return jnp.cos(angles) * gain, jnp.sin(angles) * gain
 
 
+def local(cfg: TransformerConfig) -> TransformerConfig:
+    """The same model with the rotary positions that its sliding layers have."""
+    return replace(cfg, rope=replace(cfg.rope, theta=cfg.rope.local_theta, scaling="none", factor=1.0, local_theta=0.0))
+
+
 def rotate(x_BTNH, cos, sin, cfg: TransformerConfig):
     """Turns each pair of the rotated sizes of `x` by its angle; pairs are halves, or neighbours if interleaved."""
-    size, dtype = _rotated(cfg), x_BTNH.dtype
+    size, dtype = cfg.sizes["J"], x_BTNH.dtype
     turned, rest = x_BTNH[..., :size].astype(jnp.float32), x_BTNH[..., size:]
     cos, sin = cos[:, :, None], sin[:, :, None]
     if cfg.rope.interleaved:
@@ -44,30 +51,45 @@ def _ntk(exponent, cfg, positions_BT):
     return (cfg.rope.theta * cfg.rope.factor ** (size / (size - 2))) ** -exponent, 1.0
 
 
+def mscale(factor: float, weight: float = 1.0) -> float:
+    """YaRN's temperature for a context `factor` times as long (Peng et al. 2023, eq. 22)."""
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def trained_length(cfg: TransformerConfig) -> int:
+    """The length from which rope scaling starts."""
+    return cfg.rope.original or cfg.max_length
+
+
 def _dynamic(exponent, cfg, positions_BT):
-    """NTK with the factor that each row's length needs; none up to max_length."""
+    """NTK with the factor that each row's length needs; none up to the length trained on."""
     size, factor = 2 * len(exponent), cfg.rope.factor
-    ratio = jnp.maximum((positions_BT.max(1)[:, None, None] + 1) / cfg.max_length, 1.0)
+    ratio = jnp.maximum((positions_BT.max(1)[:, None, None] + 1) / trained_length(cfg), 1.0)
     theta = cfg.rope.theta * (factor * ratio - (factor - 1)) ** (size / (size - 2))
     return theta ** -jnp.asarray(exponent, jnp.float32), 1.0
 
 
-def _yarn(exponent, cfg, positions_BT, fast=32, slow=1):
-    """Short waves (over `fast` turns in max_length) stay, long ones (under `slow`) are interpolated, a ramp between."""
-    theta, factor, size = cfg.rope.theta, cfg.rope.factor, 2 * len(exponent)
-    index = [size * math.log(cfg.max_length / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow)]
+def _yarn(exponent, cfg, positions_BT):
+    """Waves of over `fast` turns in the length trained on stay, of under `slow` are interpolated, a ramp between."""
+    rope, size = cfg.rope, 2 * len(exponent)
+    theta, factor, ends = rope.theta, rope.factor, (rope.fast or 32, rope.slow)
+    index = [size * math.log(trained_length(cfg) / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in ends]
     low, high = max(math.floor(index[0]), 0), min(math.ceil(index[1]), size - 1)
     keep = 1 - np.clip((np.arange(size // 2) - low) / max(high - low, 1e-3), 0, 1)
     freqs = theta ** -exponent
-    return freqs * keep + freqs / factor * (1 - keep), 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    both = rope.mscale and rope.mscale_all
+    gain = mscale(factor, rope.mscale) / mscale(factor, rope.mscale_all) if both else mscale(factor)
+    return freqs * keep + freqs / factor * (1 - keep), gain
 
 
-def _llama3(exponent, cfg, positions_BT, low=1, high=4):
-    """Waves longer than max_length/low are stretched, shorter than max_length/high kept, between them a blend."""
-    freqs = cfg.rope.theta ** -exponent
-    turns = cfg.max_length * freqs / (2 * math.pi)
+def _llama3(exponent, cfg, positions_BT):
+    """Waves of under `slow` turns in the length trained on are stretched, of over `fast` kept, between them a blend."""
+    rope = cfg.rope
+    low, high = rope.slow, rope.fast or 4
+    freqs = rope.theta ** -exponent
+    turns = trained_length(cfg) * freqs / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0, 1)
-    return freqs * keep + freqs / cfg.rope.factor * (1 - keep), 1.0
+    return freqs * keep + freqs / rope.factor * (1 - keep), 1.0
 
 
 SCALINGS = {
@@ -109,7 +131,3 @@ def alibi(distance_BTS, heads: int):
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
     return -jnp.abs(distance_BTS)[:, None].astype(jnp.float32) * jnp.asarray(slopes)[:, None, None]
-
-
-def _rotated(cfg: TransformerConfig) -> int:
-    return int(cfg.sizes["H"] * cfg.rope.fraction) // 2 * 2

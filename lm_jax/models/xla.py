@@ -11,7 +11,7 @@ MASKED = -1e30  # finite, so that a row which sees nothing gives numbers that no
 
 def xla(q_BTNH, k_BSKH, v_BSKH, query: Layout, key: Layout, *, causal, scale, window=0, sliding=True, softcap=0.0,
         sinks_N=None, bias_BNTS=None, drop=None):
-    """Softmax attention, its logits in float32 and written out [B, T, N, H]."""
+    """Softmax attention, its logits in float32 and written out [B, N, T, S]; values may have a size of their own."""
     k_BSKH, v_BSKH = (parallel.key_heads(x, "BSKH", q_BTNH.shape[2]) for x in (k_BSKH, v_BSKH))
     mask_BTS = visible(query, key, causal=causal, window=window if sliding is True else jnp.where(sliding, window, 0))
     B, T, N, H = q_BTNH.shape
@@ -35,7 +35,7 @@ def xla(q_BTNH, k_BSKH, v_BSKH, query: Layout, key: Layout, *, causal, scale, wi
     probs = weights / total
     probs = (probs if drop is None else drop(probs)).astype(v_BSKH.dtype)
     y_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probs, v_BSKH)
-    return _reshape(y_BTKGH, (B, T, N, H), "BTNH")
+    return _reshape(y_BTKGH, (B, T, N, v_BSKH.shape[3]), "BTNH")
 
 
 def _reshape(x, shape, letters):
