@@ -36,10 +36,12 @@ FLAGS = {
     "jobs": "local: points at once; default one, or one for each accelerator",
     "retries": "local: further attempts at a point that crashes; default 2",
     "minutes": "time limit of an attempt at a point; default none",
+    "stacked": "most parameters of points that share a program: those that differ in seed, learning rate, weight decay "
+               f"or init alone; default {sweep.STACKED}, 0 stacks none",
     "topology": f"hardware that points must fit, and are priced for: {topology.FORMS}",
     "settings": "of a cluster's launcher, with spaces between: 'image=... bucket=...'",
 }
-LIMITS = {"jobs": "0", "retries": "2", "minutes": "0"}
+LIMITS = {"jobs": "0", "retries": "2", "minutes": "0", "stacked": str(sweep.STACKED)}
 
 
 def main(argv):
@@ -52,22 +54,22 @@ def main(argv):
     prices = sweep.Prices(topology.parse(values.topology)) if values.topology else None
     if prices:
         prices.refuse(points)
-    jobs = sweep.jobs(points, argv, out, minutes=limits["minutes"])
     overrides = {point.id: point.overrides for point in points}
     found, notes = records.rebuild(out, overrides) if out.exists() else ({}, [])
-    states = {job.id: job.outcome() or found.get(job.id, {}).get("status") or "waiting" for job in jobs}
-    left = [job for job in jobs if states[job.id] not in records.ENDED]
+    states = {point.id: found.get(point.id, {}).get("status") or "waiting" for point in points}
+    left = [point for point in points if states[point.id] not in records.ENDED]
+    jobs = sweep.jobs(left, argv, out, minutes=limits["minutes"], stacked=limits["stacked"])
     console = rich.console.Console()
     console.print(watch.plan(points, states, prices))
-    say(console, *notes, f"{len(left)} of {len(points)} points are to be run" + pace(points, found, left))
+    say(console, *notes, f"{len(left)} of {len(points)} points are to be run" + pace(found, left))
     if launcher != "local" and left:
-        rendered = LAUNCHERS[launcher](left, name=c.name, topology=prices.topology, settings=settings(values.settings))
+        rendered = LAUNCHERS[launcher](jobs, name=c.name, topology=prices.topology, settings=settings(values.settings))
         submit(rendered, Path("sweeps", c.name, launcher), dry_run=values.dry_run)
     if launcher != "local" or values.dry_run:
         return 0
     if left:
         sweep.unchanged(points, found, say=partial(say, console))
-    status = run_here(points, left, out, limits, console) if left else "ok"
+    status = run_here(left, jobs, out, limits, console) if left else "ok"
     found, _ = records.rebuild(out, overrides)
     say(console, closing(points, found, out, status, argv))
     return EXIT[status]
@@ -98,11 +100,9 @@ def settings(text: str | None) -> dict[str, str]:
 
 def run_here(points, jobs, out, limits, console) -> str:
     """Run jobs on this machine, and show how they do."""
-    ids = {job.id for job in jobs}
     pool = Pool(jobs, out, slots.slots(int(limits["jobs"])), retries=int(limits["retries"]),
                 say=partial(say, console))
-    with watch.Watch([point for point in points if point.id in ids], out, console,
-                     ended=lambda: records.rebuild(out, {})) as show:
+    with watch.Watch(points, out, console, ended=lambda: records.rebuild(out, {})) as show:
         return pool.run(show)
 
 
@@ -120,14 +120,13 @@ def closing(points, found: dict, out: Path, status: str, argv) -> str:
     return "\n".join([*lines, "next:", f"  {following}"])
 
 
-def pace(points, found: dict, left) -> str:
+def pace(found: dict, left) -> str:
     """How long the rest takes where this folder's runs ended, if any did: steps alone, one after another."""
     ended = [record for record in found.values() if record["status"] == "ok"]
-    todo = {job.id for job in left}
-    if not ended or not todo:
+    if not ended or not left:
         return ""
     rate = sum(record["flops"] for record in ended) / sum(record["seconds"] for record in ended)
-    seconds = sum(point.flops for point in points if point.id in todo) / rate
+    seconds = watch.spent(left) / rate
     return f", {watch.duration(seconds)} of steps at the {rate:.3g} FLOP/s of those that ended"
 
 

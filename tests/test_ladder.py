@@ -90,6 +90,23 @@ def test_points_of_one_budget_have_its_flops_whatever_their_size():
         grid.isoflop(c, models, (1e14,), between=(1000, 1001))
 
 
+def test_branches_are_one_run_until_a_cool_down_begins():
+    c = base()
+    models = [ladder.shape(c, depth) for depth in (1, 2)]
+    points = grid.branches(c, models, (4e6, 1e6, 2e6))
+    assert len(points) == 6
+    for three in (points[:3], points[3:]):
+        apart = {key for key in three[0] if len({point[key] for point in three}) > 1}
+        assert apart == {"train.steps"} and three[0]["optim.schedule"] == "wsd"
+        assert [p["train.steps"] / three[2]["train.steps"] for p in three] == pytest.approx([0.25, 0.5, 1], rel=0.01)
+    for key, value, said in (("decay", 0.04, "is under-cooled"), ("floor", 0.3, "is under-cooled"),
+                             ("warmup", c.train.steps // 2, "before the trunk's warm-up")):
+        other = base()
+        other.optim[key] = value
+        with pytest.raises(ConfigError, match=said):
+            grid.branches(other, models, (1e5, 4e6))
+
+
 def test_grids_multiply():
     c = base()
     models = [ladder.shape(c, depth) for depth in (1, 2)]

@@ -1,4 +1,4 @@
-"""What a launcher is given: the points of a sweep as commands, each with the file whose presence ends it."""
+"""What a launcher is given: the points of a sweep as commands, each with the files whose presence ends it."""
 
 import os
 from dataclasses import dataclass
@@ -9,25 +9,35 @@ from lm_jax import disk
 
 @dataclass(frozen=True)
 class Job:
-    """One point of a sweep. Running its command again, after whatever end, goes on from what was saved."""
+    """Points of a sweep that one command runs, most often one: several share a program, or a trunk. Running it again,
+    after whatever end, goes on from what was saved."""
 
-    id: str  # twelve hex digits, the digest of its resolved config and data; also the name of its folder points/<id>
     argv: tuple[str, ...]  # the complete command: ("python", "-m", "lm_jax.train", "--config=...", "--workdir=...")
     minutes: float  # time limit; 0 is none
-    result: str  # the file that ends it, renamed into place: <workdir>/summary.json with status ok or diverged
+    results: tuple[str, ...]  # what ends each, renamed into place: <out>/points/<id>/summary.json with ok or diverged
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Twelve hex digits each: the digest of a point's resolved config and data, which also names its folder."""
+        return tuple(Path(result).parent.name for result in self.results)
+
+    @property
+    def id(self) -> str:
+        """Of its first point, whose folder holds log.txt where the local launcher ran it."""
+        return self.points[0]
 
     @property
     def folder(self) -> Path:
-        """Of the result; log.txt and failure.json lie beside it where the local launcher ran it."""
-        return Path(self.result).parent
+        return Path(self.results[0]).parent
+
+    def outcomes(self) -> dict[str, str | None]:
+        """Of each point."""
+        return {point: outcome(Path(result)) for point, result in zip(self.points, self.results)}
 
     def outcome(self) -> str | None:
-        """"ok" or "diverged" where there is a result; None where there is none, or one that says it was stopped."""
-        try:
-            status = (disk.read_json(Path(self.result)) or {}).get("status")
-        except (ValueError, AttributeError):
-            return None  # damaged: running the point again goes on from its last checkpoint and writes it anew
-        return status if status in ("ok", "diverged") else None
+        """"ok" or, if any has, "diverged" where all points have a result; else None."""
+        found = set(self.outcomes().values())
+        return None if None in found else "diverged" if "diverged" in found else "ok"
 
     def last_line(self) -> str:
         """What it said last, which for an error is what was wrong."""
@@ -38,3 +48,12 @@ class Job:
         except FileNotFoundError:
             lines = []
         return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+def outcome(summary: Path) -> str | None:
+    """"ok" or "diverged" where there is a result; None where there is none, or one that says it was stopped."""
+    try:
+        status = (disk.read_json(summary) or {}).get("status")
+    except (ValueError, AttributeError):
+        return None  # damaged: running the point again goes on from its last checkpoint and writes it anew
+    return status if status in ("ok", "diverged") else None

@@ -81,13 +81,15 @@ def checked(jobs: Sequence[Job]) -> list[Job]:
     if not jobs:
         raise ConfigError("no point is left to submit")
     for job in jobs:
-        if not re.fullmatch(r"[0-9a-f]{12}", job.id):
-            raise ConfigError(f"a point's id is twelve hex digits, not {job.id!r}")
+        for point in job.points:
+            if not re.fullmatch(r"[0-9a-f]{12}", point):
+                raise ConfigError(f"a point's id is twelve hex digits, not {point!r}")
         if any("\0" in word for word in job.argv):
             raise ConfigError(f"point {job.id}: a command cannot hold a zero byte")
         for word in job.argv:
             no_credential(f"point {job.id}: ", word)
-    if len({job.id for job in jobs}) < len(jobs):
+    points = [point for job in jobs for point in job.points]
+    if len(set(points)) < len(points):
         raise ConfigError("two points have the same id: their configs are equal")
     return list(jobs)
 
@@ -113,10 +115,10 @@ def choice(jobs: Sequence[Job], variable: str) -> list[str]:
 
 def on_bucket(jobs: Sequence[Job], mount: str, home: str):
     """Raise ConfigError unless what the jobs write survives their machines, which keep nothing but the bucket."""
-    for job in jobs:
-        path = job.result if job.result.startswith("/") else f"{home}/{job.result}"
+    for result in (result for job in jobs for result in job.results):
+        path = result if result.startswith("/") else f"{home}/{result}"
         if not path.startswith(f"{mount.rstrip('/')}/") or ".." in path.split("/"):
-            raise ConfigError(f"{job.result} is not on the bucket, which the cluster sees at {mount}: begin --out with "
+            raise ConfigError(f"{result} is not on the bucket, which the cluster sees at {mount}: begin --out with "
                               f"{mount}, or set mount to where it is")
 
 

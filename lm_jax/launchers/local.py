@@ -52,7 +52,7 @@ class Running:
 
 @dataclass
 class Pool:
-    """Runs jobs until each has a result or was given up after `retries` further attempts. `states` has of each id
+    """Runs jobs until each has its results or was given up after `retries` further attempts. `at` has of each job
     waiting | running | elsewhere | ok | diverged | failed; elsewhere is in another pool, or in none any more."""
 
     jobs: Sequence[Job]
@@ -61,7 +61,7 @@ class Pool:
     retries: int = 2
     say: Callable[[str], None] = print
     poll: float = 0.3  # seconds
-    states: dict[str, str] = field(default_factory=dict)
+    at: dict[str, str] = field(default_factory=dict)
     full: bool = False  # a point found no room on a disk: nothing more is started
 
     def __post_init__(self):
@@ -70,7 +70,13 @@ class Pool:
         self.tries = {job.id: 0 for job in self.jobs}
         self.running: dict[str, Running] = {}
         self.told: set[str] = set()  # orphans
-        self.states = {job.id: job.outcome() or "waiting" for job in self.jobs}
+        self.at = {job.id: job.outcome() or "waiting" for job in self.jobs}
+
+    @property
+    def states(self) -> dict[str, str]:
+        """Of each point: its own outcome, or where its job is."""
+        own = lambda job: job.outcomes() if len(job.points) > 1 else {job.id: None}
+        return {point: outcome or self.at[job.id] for job in self.jobs for point, outcome in own(job).items()}
 
     def run(self, watch: Callable[["Pool"], None] = lambda pool: None) -> str:
         """Work; `watch(pool)` is called a few times a second. Returns "ok" (each point has a result), "failed",
@@ -83,7 +89,7 @@ class Pool:
             finally:
                 self._stop(seen)
         watch(self)
-        states = set(self.states.values())
+        states = set(self.at.values())
         return "stopped" if seen else "full" if self.full else "failed" if "failed" in states else "ok"
 
     def _step(self) -> bool:
@@ -91,44 +97,47 @@ class Pool:
         for run in list(self.running.values()):
             self._tend(run)
         for job in self.jobs:
-            if self.states[job.id] in ("waiting", "elsewhere"):
+            if self.at[job.id] in ("waiting", "elsewhere"):
                 self._look(job)
         if not self.full:
             self._fill()
         left = {"running"} if self.full else {"running", "waiting", "elsewhere"}
-        return not left.isdisjoint(self.states.values())
+        return not left.isdisjoint(self.at.values())
 
     def _fill(self):
         """Start waiting points on free devices."""
-        waiting = [job for job in self.jobs if self.states[job.id] == "waiting"]
+        waiting = [job for job in self.jobs if self.at[job.id] == "waiting"]
         for slot in self.slots if waiting else ():
             if (held := self._lock(*(f"{HOST}-{name}" for name in slot.names))) is None:
                 continue
             while waiting and held is not None:
                 job = waiting.pop(0)
-                if (own := self._lock(job.id)) is None:
-                    self.states[job.id] = "elsewhere"
+                if (own := self._lock(*job.points)) is None:
+                    self.at[job.id] = "elsewhere"
                 elif found := self._found(job):  # meanwhile, by another pool
-                    self.states[job.id] = found
+                    self.at[job.id] = found
                     _free(own)
                 else:
-                    self._start(job, slot, own + held)
+                    self._start(job, slot, own, held)
                     held = None
             _free(held or [])
 
-    def _start(self, job: Job, slot: Slot, locks: list):
-        job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / FAILURE).unlink(missing_ok=True)
+    def _start(self, job: Job, slot: Slot, own: list, held: list):
+        for file in self._failures(job):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.unlink(missing_ok=True)
+        locks = own + held
         argv = [sys.executable if job.argv[0] == "python" else job.argv[0], *job.argv[1:]]
         with open(job.folder / "log.txt", "a") as log:
             process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                                        env=os.environ | slot.env, pass_fds=[lock.fileno() for lock in locks])
         deadline = time.time() + 60 * job.minutes if job.minutes else float("inf")
-        locks[0].write(json.dumps({"host": HOST, "pid": process.pid, "pool": os.getpid(),
+        for lock in own:
+            lock.write(json.dumps({"host": HOST, "pid": process.pid, "pool": os.getpid(),
                                    "deadline": job.minutes and deadline}))
-        locks[0].flush()
+            lock.flush()
         self.running[job.id] = Running(job, process, locks, deadline)
-        self.states[job.id] = "running"
+        self.at[job.id] = "running"
 
     def _tend(self, run: Running):
         """Stop a point whose time is over; settle one that has ended."""
@@ -147,8 +156,8 @@ class Pool:
 
     def _settle(self, job: Job, code: int, *, late: bool):
         """What becomes of a point whose process has ended."""
-        self.states[job.id] = job.outcome() or "waiting"
-        if self.states[job.id] != "waiting" or (code == STOPPED and not late):
+        self.at[job.id] = job.outcome() or "waiting"
+        if self.at[job.id] != "waiting" or (code == STOPPED and not late):
             return
         if code == FULL:
             self.full = True
@@ -162,31 +171,37 @@ class Pool:
         if code not in FINAL and self.tries[job.id] <= self.retries:
             self.say(f"{job.id} ended, {why}: attempt {self.tries[job.id] + 1} of {self.retries + 1}")
             return
-        self.states[job.id], last = "failed", job.last_line()
+        self.at[job.id], last = "failed", job.last_line()
         failure = {"code": code, "tries": self.tries[job.id], "why": why, "last_line": last}
-        disk.replace(job.folder / FAILURE, [json.dumps(failure, indent=2), "\n"])
+        for file in self._failures(job):
+            disk.replace(file, [json.dumps(failure, indent=2), "\n"])
         self.say(f"{job.id} failed, {why}, and is given up after {self.tries[job.id]} attempts: {last}")
 
     def _look(self, job: Job):
         """See whether another pool has a point, or had it and it ended or died; if no pool looks after it, do."""
         if found := self._found(job):
-            self.states[job.id] = found
-        elif own := self._lock(job.id):
-            self.states[job.id] = "waiting"
+            self.at[job.id] = found
+        elif own := self._lock(*job.points):
+            self.at[job.id] = "waiting"
             if job.id in self.told:
                 self.told.remove(job.id)
                 self._again(job, 0, f"over {job.minutes:g} minutes")
             _free(own)
         else:
-            self.states[job.id] = "elsewhere"
+            self.at[job.id] = "elsewhere"
             if (holder := self._orphan(job)) and 0 < holder["deadline"] < time.time():
                 self._end(job, holder)
 
     def _found(self, job: Job) -> str | None:
         """How a point has ended: by its result, or given up by a pool since this one began."""
-        if (file := job.folder / FAILURE).exists() and file.stat().st_mtime > self.begun:
+        files = self._failures(job)
+        if files and all(file.exists() and file.stat().st_mtime > self.begun for file in files):
             return "failed"
         return job.outcome()
+
+    def _failures(self, job: Job) -> list[Path]:
+        """The files that say why its points were given up, of those that have no result."""
+        return [self.out / "points" / point / FAILURE for point, outcome in job.outcomes().items() if not outcome]
 
     def _end(self, job: Job, holder: dict):
         """Stop a point that has outlived its pool and its time."""
@@ -198,12 +213,17 @@ class Pool:
             _signal(holder["pid"], signal.SIGKILL)
 
     def _orphan(self, job: Job) -> dict | None:
-        """Who holds a point's lock, if that is a process of this machine whose pool is no more."""
-        try:
-            holder = disk.read_json(self.out / "queue" / f"{job.id}.lock")
-        except ValueError:  # of one who has only just taken it
-            return None
-        return holder if holder["host"] == HOST and not _lives(holder["pool"]) else None
+        """Who holds a point of the job, if that is a process of this machine whose pool is no more."""
+        for point in job.points:
+            if own := self._lock(point):
+                _free(own)
+                continue
+            try:
+                holder = disk.read_json(self.out / "queue" / f"{point}.lock")
+            except ValueError:  # of one who has only just taken it
+                return None
+            return holder if holder["host"] == HOST and not _lives(holder["pool"]) else None
+        return None
 
     def _lock(self, *names: str) -> list | None:
         """The files of these names, each locked; None, and nothing locked, if another process has one."""
@@ -224,14 +244,14 @@ class Pool:
         for run in self.running.values():
             run.stop(signal.SIGTERM)
         for job in self.jobs:
-            if self.states[job.id] == "elsewhere" and (holder := self._orphan(job)):
+            if self.at[job.id] == "elsewhere" and (holder := self._orphan(job)):
                 _signal(holder["pid"], signal.SIGTERM)
         while self.running:
             for run in list(self.running.values()):
                 if len(seen) > 1:
                     run.stop(signal.SIGKILL)
                 if run.process.poll() is not None:
-                    self.states[run.job.id] = run.job.outcome() or "waiting"
+                    self.at[run.job.id] = run.job.outcome() or "waiting"
                     _free(run.locks)
                     del self.running[run.job.id]
                 elif time.time() > run.told + GRACE:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from lm_jax import hosts, losses, parallel, trainer
+from lm_jax.batch import Loss
 from lm_jax.config import Config, ConfigError
 from lm_jax.data import examples, tokenizer
 from lm_jax.data.loader import Loader, validation
@@ -45,7 +46,7 @@ class Pretraining:
         c, (tokens, source) = self.config, row_lengths(self.config)
         parallel.rows_divide(c.train.batch, c.train.microbatches)
         return Recipe(
-            loss=partial(losses.next_token, z_loss=c.train.z_loss, smoothing=c.train.smoothing),
+            loss=loss(c),
             batches=partial(self.loader.stream, here=hosts.rows_here(c.train.batch)),
             tokens=c.train.batch * (tokens + source),
             flops=c.train.batch * flops.train(self.model_config, tokens, source),
@@ -69,6 +70,11 @@ class Pretraining:
         """Bytes of training text a predicted token stands for."""
         splits = self.store.manifest["splits"]["train"].values()
         return sum(s["bytes"] for s in splits) / sum(s["tokens"] for s in splits)
+
+
+def loss(c: Config) -> Loss:
+    """What pretraining minimises, whatever the objective: it is made from data."""
+    return partial(losses.next_token, z_loss=c.train.z_loss, smoothing=c.train.smoothing)
 
 
 class Evaluation:

@@ -8,9 +8,11 @@ Makers take the base config and models (settings, as `ladder.shape` gives them);
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
+from lm_jax import optim
 from lm_jax.config import ConfigError
-from lm_jax.scaling import ladder
+from lm_jax.scaling import ladder, records
 from lm_jax.scaling.ladder import RULES, Rules
 
 Points = list[dict]
@@ -34,6 +36,29 @@ def seeds(points: Points, count: int) -> Points:
 def tokens(c, models: Sequence[dict], amounts: Iterable[float], *, rules: Rules = RULES) -> Points:
     """N x D: every model on every number of tokens."""
     return [ladder.point(c, model, tokens=amount, rules=rules) for model in models for amount in amounts]
+
+
+def branches(c, models: Sequence[dict], amounts: Iterable[float], *, rules: Rules = RULES) -> Points:
+    """N x D on one trunk a model: wsd runs that go on from each other, each amount of tokens with its own cool-down.
+
+    Rate, batch, decay and warm-up are those of the model's longest run, so that all runs are one until a cool-down
+    begins (Hägele et al. 2024). ConfigError for a cool-down that would leave loss to lose, or begins in the warm-up.
+    """
+    points, amounts = [], sorted(amounts)
+    for model in models:
+        longest = ladder.point(c, model, tokens=amounts[-1], rules=rules) | {"optim.schedule": "wsd"}
+        o = replace(ladder.sized(c, model).optim, schedule="wsd", warmup=longest["optim.warmup"])
+        for amount in amounts:
+            steps = max(1, round(amount / amounts[-1] * longest["train.steps"]))
+            if records.flags({"optim": vars(o), "train": {"steps": steps}}, "ok"):
+                raise ConfigError(f"a branch of {steps} steps that cools down over {o.decay:.0%} of them to "
+                                  f"{o.floor:.0%} of the rate is under-cooled: raise optim.decay (0.2) or lower "
+                                  "optim.floor")
+            if optim.trunk(o, steps) <= o.warmup:
+                raise ConfigError(f"a branch of {steps} steps cools down before the trunk's warm-up of {o.warmup} "
+                                  "steps is over: take more tokens, or a shorter warm-up")
+            points.append(longest | {"train.steps": steps})
+    return points
 
 
 def overtrained(c, models: Sequence[dict], ratios: Iterable[float], *, rules: Rules = RULES) -> Points:

@@ -64,7 +64,8 @@ def of_folder(folder: Path, overrides: dict) -> tuple[dict | None, str]:
     record = {
         "run": folder.name, "params": {"total": n["total"], "non_embedding": n["non_embedding"],
                                        "effective": manifest["flops_per_token"] / 6},
-        "tokens": summary["tokens"], "flops": summary["flops"], "flops_convention": CONVENTION,
+        "tokens": summary["tokens"], "flops": summary["flops"], "flops_spent": summary["flops_spent"],
+        "flops_convention": CONVENTION,
         "loss": summary.get("val_loss"), "loss_stderr": summary.get("val_loss_stderr"),
         "bits_per_byte": summary.get("val_bits_per_byte"), "lr": c["optim"]["lr"],
         "batch": summary["tokens"] // max(summary["steps"], 1), "seed": c["seed"], "status": summary["status"],

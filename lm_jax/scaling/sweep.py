@@ -17,7 +17,7 @@ from pathlib import Path
 
 import ml_collections
 
-from lm_jax import config
+from lm_jax import config, optim
 from lm_jax.config import Config, ConfigError
 from lm_jax.data import store
 from lm_jax.launchers.job import Job
@@ -25,17 +25,25 @@ from lm_jax.preflight import show
 from lm_jax.preflight.forecast import Forecast
 from lm_jax.preflight.topology import Topology
 from lm_jax.recipes.pretrain import planned, row_lengths
-from lm_jax.scaling import ladder
+from lm_jax.scaling import ladder, together
 from lm_jax.workdir import FREE
+
+
+STACKED = 2**24  # most parameters of runs that share a program: beyond, one alone keeps a device busy
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep: its name, what it changes of the base config, and the config that it is."""
+    """One run of a sweep: its name, what it changes of the base config, and the config that it is.
+
+    A wsd run whose shorter sibling is a point too begins as that one was before its cool-down: they share a trunk.
+    """
 
     id: str
     overrides: dict
     config: Config
+    sibling: str = ""  # the longest shorter point on the same trunk
+    begins: int = 0  # the step up to which it is the sibling's
 
     @cached_property
     def planned(self) -> Config:
@@ -49,7 +57,13 @@ class Point:
 
     @property
     def flops(self) -> float:
+        """Of the whole path to its loss, trunk and cool-down: the C of a law."""
         return self.tokens * ladder.flops_per_token(self.planned)
+
+    @property
+    def own(self) -> float:
+        """Share of its steps that no shorter point makes for it: what the sweep spends on it."""
+        return 1 - self.begins / self.config.train.steps
 
     def __str__(self):
         model, train = self.config.model, self.config.train
@@ -84,7 +98,21 @@ def points(path: str, base: ml_collections.ConfigDict) -> list[Point]:
         found.setdefault(point.id, (number, point))
     if problems:
         raise ConfigError(f"{path}: these points cannot run:\n  " + "\n  ".join(problems))
-    return [point for _, point in found.values()]
+    return on_trunks([point for _, point in found.values()])
+
+
+def on_trunks(points: Sequence[Point]) -> list[Point]:
+    """The points, each with the sibling that it may begin as."""
+    trunks, found = {}, {}
+    for point in sorted(points, key=lambda point: point.config.train.steps):
+        c = point.config
+        key = identity(dataclasses.replace(c, train=dataclasses.replace(c.train, steps=1)))
+        staged = any(isinstance(stage, tuple) for stage in c.data.weights)  # shares of a run's length
+        shorter = trunks.get(key)
+        if shorter and not staged and (begins := optim.trunk(c.optim, shorter.config.train.steps)):
+            point = dataclasses.replace(point, sibling=shorter.id, begins=begins)
+        trunks[key] = found[point.id] = point
+    return [found[point.id] for point in points]
 
 
 def resolved(base: ml_collections.ConfigDict, overrides: dict) -> Point:
@@ -108,16 +136,43 @@ def identity(c: Config) -> str:
     return config.digest({key: value for key, value in _flat(config.to_dict(c)) if not f"{key}:".startswith(FREE)})
 
 
-def jobs(points: Sequence[Point], argv: Sequence[str], out: Path, *, minutes: float = 0) -> list[Job]:
-    """Points as commands: what the sweep was asked of the base config, what the point overrides, and a folder."""
+def jobs(points: Sequence[Point], argv: Sequence[str], out: Path, *, minutes: float = 0, stacked: float = STACKED
+         ) -> list[Job]:
+    """Points as commands: a point by itself is a run of `lm_jax.train`; those that share a trunk, or are small and
+    differ in what `together` stacks, up to so many parameters, are one of `lm_jax.together`."""
     made = []
-    for point in points:
-        workdir = out / "points" / point.id
-        base = [argument for key, argument in _of_config(argv) if key not in point.overrides]
-        own = [f"--config.{key}={_written(value)}" for key, value in point.overrides.items()]
-        made.append(Job(point.id, ("python", "-m", "lm_jax.train", *base, *own, f"--workdir={workdir}"), minutes,
-                        str(workdir / "summary.json")))
+    for group in groups(points, stacked):
+        results = tuple(str(out / "points" / point.id / "summary.json") for point in group)
+        if len(group) == 1 and not group[0].begins:
+            command = alone(group[0], argv, out)
+        else:
+            base = [argument for _, argument in _of_config(argv)]
+            command = ("python", "-m", "lm_jax.together", *base, f"--out={out}",
+                       f"--points={','.join(point.id for point in group)}")
+        made.append(Job(command, minutes * len(group), results))
     return made
+
+
+def alone(point: Point, argv: Sequence[str], out: Path) -> tuple[str, ...]:
+    """A point as a command: what the sweep was asked of the base config, what the point overrides, and a folder."""
+    base = [argument for key, argument in _of_config(argv) if key not in point.overrides]
+    own = [f"--config.{key}={_written(value)}" for key, value in point.overrides.items()]
+    return ("python", "-m", "lm_jax.train", *base, *own, f"--workdir={out / 'points' / point.id}")
+
+
+def groups(points: Sequence[Point], stacked: float) -> list[list[Point]]:
+    """Points that one process runs: all lengths of runs that share a trunk, and of as many runs as may be stacked."""
+    lanes = {}
+    for point in points:
+        steps = 1 if point.config.optim.schedule == "wsd" else point.config.train.steps
+        c = dataclasses.replace(point.config, train=dataclasses.replace(point.config.train, steps=steps))
+        lanes.setdefault(identity(together.alike(c)), {}).setdefault(identity(c), []).append(point)
+    found = []
+    for alike in lanes.values():
+        runs = list(alike.values())
+        most = max(1, int(stacked / ladder.counts(runs[0][0].planned)["total"]))
+        found += [[point for run in runs[i:i + most] for point in run] for i in range(0, len(runs), most)]
+    return found
 
 
 def unchanged(points: Sequence[Point], records: dict[str, dict], *, say=print):
@@ -151,7 +206,8 @@ class Prices:
         return self.seen[alike]
 
     def hours(self, point: Point) -> float:
-        return self.forecast(point).hours * point.config.train.steps
+        """Of the steps that are its own."""
+        return self.forecast(point).hours * point.config.train.steps * point.own
 
     def dollars(self, point: Point) -> float:
         return self.hours(point) * self.topology.chips * self.topology.device.dollars

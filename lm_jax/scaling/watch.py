@@ -30,7 +30,7 @@ def plan(points: Sequence[Point], states: dict[str, str], prices: Prices | None)
     table.add_column("point", no_wrap=True)
     table.add_column("LxD", no_wrap=True)
     columns = {"params": "", "tokens": _amount(sum(point.tokens for point in points)), "batch": "", "lr": "",
-               "FLOPs": f"{sum(point.flops for point in points):.2g}"}
+               "FLOPs": f"{spent(points):.2g}"}
     if prices:
         columns |= {"hours": f"{sum(map(prices.hours, points)):,.2g}",
                     "$": f"{sum(map(prices.dollars, points)):,.2f}"}
@@ -50,6 +50,11 @@ def plan(points: Sequence[Point], states: dict[str, str], prices: Prices | None)
         table.add_row(point.id, shape(point), *cells, Text(state, STYLES.get(state, "")),
                       *([varies(point)] if others else []))
     return table
+
+
+def spent(points: Sequence[Point]) -> float:
+    """FLOPs of a sweep, where a trunk that several points share is made once."""
+    return sum(point.flops * point.own for point in points)
 
 
 def _amount(n: float) -> str:
@@ -80,7 +85,7 @@ class Watch:
     def __init__(self, points: Sequence[Point], out: Path, console: Console, *, ended):
         self.points = {point.id: point for point in points}
         self.out, self.console, self.ended = out, console, ended
-        self.flops = {point.id: point.flops for point in points}
+        self.flops = {point.id: point.flops * point.own for point in points}
         self.states: dict[str, str] = {}
         self.last: list[str] = []  # points that ended, the latest first
         self.begun, self.shown = time.monotonic(), 0.0
@@ -124,7 +129,7 @@ class Watch:
                 f"step {at[name][0]:,} of {point.config.train.steps:,} · loss {at[name][1]:.3f}"
             table.add_row(name, shape(point), f"{_amount(point.tokens)} tokens", f"lr {point.config.optim.lr:.3g}",
                           varies(point), Text(state, STYLES.get(state, "")), said)
-        done = self._done() + sum(self.flops[name] * step / self.points[name].config.train.steps
+        done = self._done() + sum(self.flops[name] * self._share(self.points[name], step)
                                   for name, (step, _) in at.items()) / sum(self.flops.values())
         here = time.monotonic() - self.begun
         gone = done - self.before
@@ -141,6 +146,10 @@ class Watch:
         """Share of the sweep's FLOPs that points at their end stand for."""
         return sum(self.flops[name] for name, state in self.states.items() if state in OVER
                    ) / sum(self.flops.values())
+
+    def _share(self, point: Point, step: int) -> float:
+        """Of its own steps, how many are done."""
+        return max(0, step - point.begins) / (point.config.train.steps - point.begins)
 
     def _place(self, name: str) -> tuple[int, float] | None:
         """Step and loss of a running point, from the end of its metrics."""

@@ -1,0 +1,130 @@
+"""Points that share a program or a trunk come out as they would alone, whatever stops them meanwhile."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_sweep import read
+
+from lm_jax import together as program
+from lm_jax.errors import ConfigError
+from lm_jax.preflight import topology
+from lm_jax.recipes import run
+from lm_jax.scaling import records, sweep, together, watch
+from lm_jax.workdir import Workdir
+
+WSD = "[{{'optim.schedule': 'wsd', 'optim.decay': 0.3, 'train.steps': s, 'seed': k}} for s in {} for k in {}]".format
+
+
+def losses(folder):
+    rows = map(json.loads, (folder / "metrics.jsonl").open())
+    return np.array([row["loss"] if row["loss"] is not None else np.nan for row in rows if "tag" not in row])
+
+
+def alone(point, folder) -> dict:
+    """The summary of a point trained by itself, on one device as stacks are."""
+    workdir = Workdir(folder)
+    summary, _ = run.train(run.opened(point.config, workdir), workdir, {})
+    workdir.close()
+    return summary
+
+
+def stacked(points, out) -> list[dict]:
+    members = []
+    for point in points:
+        workdir = Workdir(out / point.id)
+        members.append(together.Member(run.opened(point.config, workdir), workdir))
+    found = together.train(members, {})
+    for member in members:
+        member.workdir.close()
+    return found
+
+
+def test_each_loss_curve_is_the_single_runs(tmp_path):
+    varied = ("[{'seed': 0}, {'seed': 1, 'optim.lr': 1e-2}, {'optim.weight_decay': 0.7}, {'model.init_std': 0.1}]")
+    points, _ = read(tmp_path, varied, "--config.train.steps=40", "--config.train.eval_every=25")
+    found = stacked(points, tmp_path / "stack")
+    for point, summary in zip(points, found):
+        single = alone(point, tmp_path / "alone" / point.id)
+        both = [losses(tmp_path / way / point.id) for way in ("stack", "alone")]
+        assert len(both[0]) == 40
+        np.testing.assert_allclose(*both, rtol=1e-5)
+        assert summary["val_loss"] == pytest.approx(single["val_loss"], rel=1e-5)
+        assert (summary["tokens"], summary["flops"], summary["steps"]) == (
+            single["tokens"], single["flops"], single["steps"])
+        files = [{path.name for path in (tmp_path / way / point.id).iterdir()} for way in ("stack", "alone")]
+        assert files[1] - files[0] == {"plots"} and not files[0] - files[1]
+    assert len({summary["val_loss"] for summary in found}) == 4, "they are four runs"
+
+
+def test_a_run_that_diverges_ends_alone(tmp_path):
+    points, _ = read(tmp_path, "[{'seed': 0}, {'optim.lr': 1e30}]", "--config.train.steps=60")
+    fine, wild = stacked(points, tmp_path)
+    assert wild["status"] == "diverged" and 50 <= wild["steps"] < 60 and "val_loss" not in wild
+    assert len(losses(tmp_path / points[1].id)) == wild["steps"]
+    assert fine["status"] == "ok" and fine["steps"] == 60
+    assert fine["val_loss"] == pytest.approx(alone(points[0], tmp_path / "alone")["val_loss"], rel=1e-5)
+
+
+def test_trunks_and_stacks_go_on_where_they_were_stopped_and_are_charged_once(tmp_path):
+    points, argv = read(tmp_path, WSD((40, 70), (0, 1)), "--config.train.checkpoint_every=10")
+    out = tmp_path / "out"
+    (job,) = sweep.jobs(points, argv, out)
+    assert job.argv[:3] == ("python", "-m", "lm_jax.together") and set(job.points) == {p.id for p in points}
+    command = [sys.executable, *job.argv[1:]]
+    one = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    first = subprocess.Popen(command, env=one, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    longer = out / "points" / points[2].id / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not (longer.exists() and '"step": 32,' in longer.read_text()):
+        assert time.time() < deadline and first.poll() is None, first.communicate()[0]
+        time.sleep(0.01)
+    first.send_signal(signal.SIGTERM)
+    said = first.communicate()[0]
+    assert first.returncode in (0, 75), said  # 0: the last steps were on their way
+    again = subprocess.run(command, env=one, text=True, capture_output=True)
+    assert again.returncode == 0, again.stderr
+    found, _ = records.rebuild(out, {})
+    for point in points:
+        np.testing.assert_allclose(losses(out / "points" / point.id), _curve(point, tmp_path), rtol=1e-5)
+        assert found[point.id]["flops"] == pytest.approx(point.flops)
+        assert found[point.id]["flops_spent"] == pytest.approx(point.flops * point.own)
+    short, long = (losses(out / "points" / points[i].id) for i in (0, 2))
+    trunk = points[2].begins
+    assert 20 < trunk < 30 and points[2].sibling == points[0].id and not points[0].begins
+    np.testing.assert_array_equal(short[:trunk], long[:trunk])
+    assert short[-1] != long[39]
+
+
+def _curve(point, tmp_path):
+    alone(point, tmp_path / "alone" / point.id)
+    return losses(tmp_path / "alone" / point.id)
+
+
+def test_points_share_a_command_only_where_their_numbers_stay(tmp_path):
+    points, argv = read(tmp_path, WSD((40, 70), (0, 1)) + " + [{'seed': 2}, {'seed': 3}, {'model.depth': 2}]")
+    split = lambda **more: sorted(len(job.points) for job in sweep.jobs(points, argv, tmp_path, **more))
+    assert split() == [1, 2, 4], "a trunk's lengths, and seeds of one length; not another model"
+    assert split(stacked=0) == [1, 1, 1, 2, 2], "without stacks there are still trunks"
+    long = next(point for point in points if point.begins)
+    (rest,) = sweep.jobs([long], argv, tmp_path)
+    assert rest.argv[2] == "lm_jax.together", "the only one left begins as its sibling, which is done"
+    assert watch.spent(points) < sum(point.flops for point in points)
+    prices = sweep.Prices(topology.parse("v5e-1"))
+    assert prices.hours(long) == pytest.approx(prices.forecast(long).hours * (70 - long.begins))
+    staged, _ = read(tmp_path, "[{'optim.schedule': 'wsd', 'train.steps': s, 'data.weights': ((0.0, 1.0), (0.5, 1.0))}"
+                     " for s in (40, 70)]")
+    assert not any(point.begins for point in staged), "stages are shares of a run's length"
+
+
+def test_a_point_that_the_config_does_not_have_is_told(tmp_path):
+    (point,), argv = read(tmp_path, "[{'seed': 0}]")
+    with pytest.raises(ConfigError, match=f"no point cafe; it has {point.id}"):
+        program.main(["together", argv[1], f"--out={tmp_path}", "--points=cafe"])
+    with pytest.raises(ConfigError, match="pass --out"):
+        program.main(["together", argv[1]])
