@@ -101,8 +101,8 @@ def test_points_that_do_not_fit_are_refused_before_anything_runs(tmp_path):
 
 MANIFEST = {"config": config.to_dict(config.Config()), "parameters": {"total": 1000, "non_embedding": 600},
             "flops_per_token": 4800.0, "tokenizer": "abc", "data_digest": "def", "code_revision": "123"}
-SUMMARY = {"status": "ok", "steps": 10, "tokens": 640, "flops": 1e6, "seconds": 2.0, "val_loss": 3.0,
-           "val_loss_stderr": 0.1, "val_bits_per_byte": 1.2, "epochs": 0.5}
+SUMMARY = {"status": "ok", "steps": 10, "tokens": 640, "flops": 1e6, "flops_spent": 1e6,
+           "seconds": 2.0, "val_loss": 3.0, "val_loss_stderr": 0.1, "val_bits_per_byte": 1.2, "epochs": 0.5}
 
 
 def leave(out, name, *, lr=3e-3, schedule="cosine", **summary):

@@ -50,13 +50,13 @@ def branches(c, models: Sequence[dict], amounts: Iterable[float], *, rules: Rule
         o = replace(ladder.sized(c, model).optim, schedule="wsd", warmup=longest["optim.warmup"])
         for amount in amounts:
             steps = max(1, round(amount / amounts[-1] * longest["train.steps"]))
+            if optim.trunk(o, steps) <= o.warmup:
+                raise ConfigError(f"a branch of {steps} steps cools down before the trunk's warm-up of {o.warmup} "
+                                  "steps is over: take more tokens, or a shorter warm-up")
             if records.flags({"optim": vars(o), "train": {"steps": steps}}, "ok"):
                 raise ConfigError(f"a branch of {steps} steps that cools down over {o.decay:.0%} of them to "
                                   f"{o.floor:.0%} of the rate is under-cooled: raise optim.decay (0.2) or lower "
                                   "optim.floor")
-            if optim.trunk(o, steps) <= o.warmup:
-                raise ConfigError(f"a branch of {steps} steps cools down before the trunk's warm-up of {o.warmup} "
-                                  "steps is over: take more tokens, or a shorter warm-up")
             points.append(longest | {"train.steps": steps})
     return points
 
