@@ -49,7 +49,7 @@ def test_decoding_with_a_cache_is_the_full_pass(name, rng):
 def test_a_greedy_continuation_is_what_the_full_pass_finds_likeliest(name, rng):
     model = make(name)
     batch = prompts(rng, [4, 4], model=model)
-    tokens_BT, lengths_B = generate(model, batch, GREEDY, length=7, key=jax.random.key(0))
+    tokens_BT, lengths_B, _ = generate(model, batch, GREEDY, length=7, key=jax.random.key(0))
     whole = prompts(rng, [10, 10], model=model) | {k: v for k, v in batch.items() if k == "source"}
     whole["tokens"] = jnp.concatenate([batch["tokens"], tokens_BT[:, :-1]], 1)
     assert (full_and_cached(model, whole)[0][:, 3:].argmax(-1) == tokens_BT).all()
@@ -61,21 +61,21 @@ def test_a_batch_gives_what_its_rows_give_alone(name, rng):
     """Prompts of unequal length, padded to one width, and one that is all padding."""
     model, keys_B = make(name), jax.random.split(jax.random.key(3), 4)
     batch = prompts(rng, [4, 2, 0, 3], model=model)
-    together_BT, lengths_B = generate(model, batch, DRAWN, length=6, key=keys_B)
+    together_BT, lengths_B, _ = generate(model, batch, DRAWN, length=6, key=keys_B)
     assert list(lengths_B) == [6, 6, 0, 6] and not together_BT[2].any()
     alone = {k: v[1:2, :2] for k, v in batch.items() if k != "source"}
     if "source" in batch:
         alone["source"] = {k: v[1:2, :SOURCE + 1] for k, v in batch["source"].items()}
-    alone_BT, _ = generate(model, alone, DRAWN, length=6, key=keys_B[1:2])
+    alone_BT, _, _ = generate(model, alone, DRAWN, length=6, key=keys_B[1:2])
     assert (alone_BT[0] == together_BT[1]).all()
 
 
 def test_a_row_ends_at_its_stop_token(rng):
     model, key = make("plain"), jax.random.key(5)
     batch = prompts(rng, [3, 3, 3], model=model)
-    free_BT, _ = generate(model, batch, Sampler(), length=9, key=key, stop=V)  # which never comes
+    free_BT, _, _ = generate(model, batch, Sampler(), length=9, key=key, stop=V)  # which never comes
     stop = int(free_BT[0, 4])
-    tokens_BT, lengths_B = generate(model, batch, Sampler(), length=9, key=key, stop=stop)
+    tokens_BT, lengths_B, _ = generate(model, batch, Sampler(), length=9, key=key, stop=stop)
     for free_T, tokens_T, length in zip(np.asarray(free_BT), np.asarray(tokens_BT), lengths_B):
         hits = np.flatnonzero(free_T == stop)
         end = hits[0] + 1 if len(hits) else 9

@@ -1,69 +1,153 @@
 """Continuing prompts with a cache: one program reads the prompts at once, then writes token by token."""
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm_jax import parallel
 from lm_jax.batch import Batch
-from lm_jax.config import ConfigError, TransformerConfig
-from lm_jax.inference.sample import Sampler, row_keys, sample
+from lm_jax.config import ConfigError
+from lm_jax.inference.sample import History, Rules, Sampler, pick, row_keys, words
+from lm_jax.models.stack import Cache
+from lm_jax.models.transformer import Transformer, apart
 
 
-@partial(jax.jit, static_argnames=("sampler", "length", "vocab"))
-def generate(model, batch: Batch, sampler: Sampler, *, length: int, key, stop: int | None = None, vocab: int = 0):
-    """Up to `length` new tokens a row: int32 tokens_BT [B, length] and how many were written, lengths_B.
+class Generated(NamedTuple):
+    """Continuations of a batch: int32 tokens_BT, how many of each row are its own (the rest is 0), and their
+    log-probabilities under the model itself, over its whole vocabulary, before any bias, penalty, temperature or
+    filter."""
+
+    tokens_BT: jax.Array
+    lengths_B: jax.Array
+    logprobs_BT: jax.Array
+
+
+def generate(model: Transformer, batch: Batch, sampler: Sampler | Sequence[Sampler] = Sampler(), *, length: int, key,
+             stop: int | Sequence[int] | None = (), vocab: int = 0) -> Generated:
+    """Up to `length` new tokens a row.
 
     `batch` holds the prompts: tokens, positions and segments [B, T], padded with segments of 0 to one width; for an
     encoder-decoder also "source", the decoder's prompt being its start token. Each row goes on from its own last token,
     and its padding is a hole in the cache that no query sees: a batch gives what its rows give alone. A row ends at the
-    token `stop`, which is written and counted, and holds 0 from there on; a row of padding alone stays empty. The
-    program ends when every row has.
+    first token that is in `stop`, which is written and counted; a row of padding alone stays empty. The program ends
+    when every row has.
 
-    What is drawn depends on the row's key and on how many tokens it has written: `key` is one for the batch, which is
-    folded with the row's number, or one a row [B]. `vocab` as in `sample`. Raises ConfigError where the model cannot.
+    `sampler` is one for all rows, or one a row. What is drawn depends on the row's key and on how many tokens it has
+    written: `key` is one for the batch, which is folded with the row's number, or one a row [B]. With `vocab` > 0 only
+    ids below it are drawn. Raises ConfigError where the model cannot.
     """
-    B, T = batch["tokens"].shape
-    _check(model.cfg, T, length)
-    keys_B = row_keys(key, B)
-    last_BT = _last(batch["segments"])
-    end_B1 = {name: jnp.where(last_BT, batch[name], 0).sum(1, keepdims=True)
-              for name in ("positions", "segments", "types") if name in batch}
+    rules, stops = asked(model, batch, sampler, length=length, stop=stop, vocab=vocab)
+    keys_B = row_keys(key, batch["tokens"].shape[0])
+    return _generate(model, batch, rules, keys_B, stops, length=length, vocab=vocab)
 
-    def draw(written, hidden_B1D, done_B):
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, written)
-        return jnp.where(done_B, 0, sample(model.logits(hidden_B1D)[:, 0], sampler, keys, vocab=vocab))
 
-    def more(state):
-        written, _, _, done_B, _ = state
-        return (written < length) & ~done_B.all()
+def asked(model, batch: Batch, sampler, *, length: int, stop, vocab: int) -> tuple[Rules, np.ndarray]:
+    """The rules of a batch's rows and its stop ids, once it is sure that the model can do what is asked."""
+    cfg, (B, T) = model.cfg, batch["tokens"].shape
+    if not cfg.causal:
+        raise ConfigError("generate with model.causal=False: a model that sees both ways cannot continue a text")
+    if T < 1 or B < 1:
+        raise ConfigError(f"generate of {B} prompts of {T} tokens: at least one of one token, such as the text's start")
+    if length < 1:
+        raise ConfigError(f"generate length={length}: at least 1")
+    if vocab > cfg.vocab:
+        raise ConfigError(f"vocab={vocab} and the model has {cfg.vocab} tokens: they are not of the same tokenizer")
+    places = batch["positions"]
+    prompt = T if isinstance(places, jax.core.Tracer) else int(np.max(places)) + 1
+    if cfg.positions == "learned" and prompt + length - 1 > cfg.max_length:
+        raise ConfigError(f"a prompt of {prompt} tokens and {length} new ones pass model.max_length={cfg.max_length} "
+                          f"learned positions: at most {cfg.max_length + 1} in all")
+    stops = np.array([], np.int32) if stop is None else np.atleast_1d(np.array(stop, np.int32))
+    return Rules.of(sampler, B, cfg.vocab), stops
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Writing:
+    """A batch that is being continued: what it has by now, and what it takes to go on."""
+
+    written: jax.Array  # tokens of the rows that go on
+    made: Generated
+    done_B: jax.Array
+    history: History | None  # where some row's sampler looks back
+    end_B1: Batch  # where each prompt's last token stands
+    cache: Cache
+
+
+def begin(model, batch: Batch, rules: Rules, keys_B, stops_A, *, length: int, vocab: int = 0) -> Writing:
+    """Read the prompts and write each row's first token."""
+    (B, T), V = batch["tokens"].shape, model.cfg.vocab
+    cache, last_B1D, end_B1 = prefill(model, batch, T + length - 1)  # nobody reads the last token
+    empty = lambda dtype: parallel.constrain(jnp.zeros((B, length), dtype), "BS")
+    made = Generated(empty(jnp.int32), jnp.zeros_like(end_B1["segments"][:, 0]), empty(jnp.float32))
+    history = History.of(batch["tokens"], batch["segments"], V) if rules.remember else None
+    state = Writing(jnp.int32(0), made, end_B1["segments"][:, 0] == 0, history, end_B1, cache)
+    return _append(model, state, last_B1D, rules, keys_B, stops_A, vocab)
+
+
+def advance(model, state: Writing, rules: Rules, keys_B, stops_A, *, until, vocab: int = 0) -> Writing:
+    """Write on until rows have `until` tokens, or all have ended."""
 
     def write(state):
         """The newest token goes into the cache, and the next one after it."""
-        written, tokens_BT, lengths_B, done_B, cache = state
-        token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, written - 1, 1, axis=1)
-        step = end_B1 | {"tokens": token_B1, "positions": end_B1["positions"] + written}
-        hidden_B1D, cache, _ = model.hidden(step, cache=cache)
-        return _append(state, draw(written, hidden_B1D, done_B), stop, cache)
+        newest_B1 = jax.lax.dynamic_slice_in_dim(state.made.tokens_BT, state.written - 1, 1, axis=1)
+        places = {"positions": state.end_B1["positions"] + state.written, "tokens": newest_B1}
+        hidden_B1D, cache, _ = model.hidden(state.end_B1 | places, cache=state.cache)
+        state = dataclasses.replace(state, cache=cache)
+        return _append(model, state, hidden_B1D, rules, keys_B, stops_A, vocab)
 
-    x_BTD, cache, _ = model.hidden(batch, cache=model.cache(batch, T + length - 1))  # nobody reads the last token
-    hidden_B1D = jnp.where(last_BT[..., None], x_BTD, 0).sum(1, keepdims=True)
-    done_B = end_B1["segments"][:, 0] == 0
-    empty_BT = parallel.constrain(jnp.zeros((B, length), jnp.int32), "BS")
-    state = jnp.int32(0), empty_BT, jnp.zeros_like(done_B, jnp.int32), done_B, None
-    state = _append(state, draw(0, hidden_B1D, done_B), stop, cache)
-    _, tokens_BT, lengths_B, _, _ = jax.lax.while_loop(more, write, state)
-    return tokens_BT, lengths_B
+    return jax.lax.while_loop(lambda state: (state.written < until) & ~state.done_B.all(), write, state)
 
 
-def _append(state, token_B, stop, cache):
+def prefill(model, batch: Batch, slots: int):
+    """A cache of so many slots that holds the prompts, the hidden state of each row's last token, and where that is."""
+    last_BT = _last(batch["segments"])
+    end_B1 = {name: jnp.where(last_BT, batch[name], 0).sum(1, keepdims=True)
+              for name in ("positions", "segments", "types") if name in batch}
+    x_BTD, cache, _ = model.hidden(batch, cache=model.cache(batch, slots))
+    return cache, jnp.where(last_BT[..., None], x_BTD, 0).sum(1, keepdims=True), end_B1
+
+
+def stopped(token_B, stops_A):
+    """Whether a token is one that ends its row."""
+    return (token_B[:, None] == stops_A).any(1)
+
+
+def ready(model: Transformer) -> Transformer:
+    """The model as it decodes best where programs run; for who decodes often: `generate` does it each time."""
+    return apart(model) if parallel.on_cpu() else model
+
+
+@partial(jax.jit, static_argnames=("length", "vocab"))
+def _generate(model, batch, rules, keys_B, stops_A, *, length, vocab):
+    model = ready(model)
+    state = begin(model, batch, rules, keys_B, stops_A, length=length, vocab=vocab)
+    return advance(model, state, rules, keys_B, stops_A, until=length, vocab=vocab).made
+
+
+def _append(model, state: Writing, hidden_B1D, rules, keys_B, stops_A, vocab) -> Writing:
     """The state with one more token in each row that goes on."""
-    written, tokens_BT, lengths_B, done_B, _ = state
-    tokens_BT = jax.lax.dynamic_update_slice_in_dim(tokens_BT, token_B[:, None], written, axis=1)
-    lengths_B += ~done_B
-    done_B = done_B if stop is None else done_B | (token_B == stop)
-    return written + 1, tokens_BT, lengths_B, done_B, cache
+    at, (tokens_BT, lengths_B, logprobs_BT) = state.written, state.made
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, at)
+    logits_BV = words(model.logits(hidden_B1D)[:, 0], vocab)
+    token_B = jnp.where(state.done_B, 0, pick(logits_BV, rules, keys_B, state.history))
+    logprob_B = jnp.where(state.done_B, 0, chosen(jax.nn.log_softmax(logits_BV), token_B))
+    put = lambda old_BT, new_B: jax.lax.dynamic_update_slice_in_dim(old_BT, new_B[:, None], at, axis=1)
+    made = Generated(put(tokens_BT, token_B), lengths_B + ~state.done_B, put(logprobs_BT, logprob_B))
+    history = state.history and state.history.add(token_B, ~state.done_B)
+    done_B = state.done_B | stopped(token_B, stops_A)
+    return dataclasses.replace(state, written=at + 1, made=made, done_B=done_B, history=history)
+
+
+def chosen(values_BV, token_B):
+    """Each row's value of its token."""
+    return jnp.where(jnp.arange(values_BV.shape[1]) == token_B[:, None], values_BV, 0).sum(1)
 
 
 def _last(segments_BT):
@@ -71,13 +155,3 @@ def _last(segments_BT):
     index_T = jnp.arange(segments_BT.shape[1])
     last_B = jnp.where(segments_BT > 0, index_T, -1).max(1)
     return index_T == last_B[:, None]
-
-
-def _check(cfg: TransformerConfig, prompt: int, length: int):
-    if not cfg.causal:
-        raise ConfigError("generate with model.causal=False: a model that sees both ways cannot continue a text")
-    if length < 1:
-        raise ConfigError(f"generate length={length}: at least 1")
-    if cfg.positions == "learned" and prompt + length - 1 > cfg.max_length:
-        raise ConfigError(f"a prompt of {prompt} tokens and {length} new ones pass model.max_length={cfg.max_length} "
-                          f"learned positions: at most {cfg.max_length + 1} in all")

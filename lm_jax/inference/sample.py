@@ -1,9 +1,12 @@
-"""Drawing tokens from logits."""
+"""Drawing tokens from logits: what one request may ask for, and the law that follows from it."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm_jax import parallel
 from lm_jax.config import ConfigError
@@ -11,41 +14,145 @@ from lm_jax.config import ConfigError
 
 @dataclass(frozen=True)
 class Sampler:
-    """How to draw: from all tokens as the model has them, unless said otherwise. Static under jit."""
+    """How a request draws: from all tokens as the model has them, unless said otherwise.
 
-    temperature: float = 1.0  # logits are divided by it first; 0 takes the likeliest token
-    top_k: int = 0  # then the k likeliest are kept; 0 keeps all
-    top_p: float = 1.0  # then the fewest likeliest that hold this share of what is left (nucleus, Holtzman et al. 2020)
+    In this order: `logit_bias`, penalties, temperature, top_k, top_p of what is left, min_p. Tokens that are equally
+    likely are kept or dropped together. Other numbers need no new program, other kinds of filter do.
+    """
+
+    temperature: float = 1.0  # logits are divided by it; 0 takes the likeliest token
+    top_k: int = 0  # the k likeliest are kept; 0 keeps all
+    top_p: float = 1.0  # the fewest likeliest that hold this share of what is left (nucleus, Holtzman et al. 2020)
+    min_p: float = 0.0  # those at least this share as likely as the likeliest (Nguyen et al. 2024)
+    repetition_penalty: float = 1.0  # divides logits above 0 of tokens so far, multiplies others (Keskar et al. 2019)
+    presence_penalty: float = 0.0  # taken from the logits of tokens that the continuation has (OpenAI's)
+    frequency_penalty: float = 0.0  # and this for each time that it has them
+    logit_bias: tuple = ()  # (id, number) pairs, or a dict: added to these logits; -inf forbids an id
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ConfigError(f"temperature={self.temperature}: 0 (greedy) or above")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k={self.top_k}: 0 (all tokens) or above")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p}: above 0 and at most 1")
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
+        object.__setattr__(self, "logit_bias", tuple(sorted((int(id), float(add)) for id, add in pairs)))
+        for name, (able, cure) in RANGES.items():
+            if not able(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)}: {cure}")
+        for id, add in self.logit_bias:
+            if id < 0 or np.isnan(add) or add == np.inf:
+                raise ConfigError(f"logit_bias has {id}: {add}: ids from 0 on, and numbers below infinity")
 
 
-def sample(logits_BV, sampler: Sampler, key, *, vocab: int = 0):
-    """One token id a row, int32 [B]. With `vocab` > 0 only ids below it are drawn: the table's rest is padding.
+RANGES = {
+    "temperature": (lambda x: 0 <= x < np.inf, "0 (greedy) or above, and finite"),
+    "top_k": (lambda x: x >= 0 and x == int(x), "0 (all tokens), or how many"),
+    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1 (all tokens)"),
+    "min_p": (lambda x: 0 <= x <= 1, "a share between 0 (all tokens) and 1"),
+    "repetition_penalty": (lambda x: 0 < x < np.inf, "above 0; 1 is none, more makes repeated tokens rarer"),
+    "presence_penalty": (np.isfinite, "a finite number; 0 is none"),
+    "frequency_penalty": (np.isfinite, "a finite number; 0 is none"),
+}
 
-    `key` is one for the batch or, [B], one a row: what a row draws depends on its own key and logits alone.
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rules:
+    """The samplers of a batch's rows as arrays; None for what no row asks for, which its program then lacks."""
+
+    temperature_B: jax.Array | None = None  # None: every row is greedy
+    top_k_B: jax.Array | None = None
+    top_p_B: jax.Array | None = None
+    min_p_B: jax.Array | None = None
+    repetition_penalty_B: jax.Array | None = None
+    presence_penalty_B: jax.Array | None = None
+    frequency_penalty_B: jax.Array | None = None
+    bias_BV: jax.Array | None = None
+
+    @classmethod
+    def of(cls, sampler: Sampler | Sequence[Sampler], rows: int, vocab: int) -> "Rules":
+        """Of one sampler for all rows, or one a row; `vocab` is how many logits there are."""
+        samplers = [sampler] * rows if isinstance(sampler, Sampler) else list(sampler)
+        if len(samplers) != rows:
+            raise ConfigError(f"{len(samplers)} samplers for {rows} rows: one for all, or one a row")
+        asked = {}
+        for field in dataclasses.fields(Sampler)[:-1]:
+            values = [getattr(one, field.name) for one in samplers]
+            idle = 0 if field.name == "temperature" else field.default
+            kind = np.int32 if field.name == "top_k" else np.float32
+            asked[f"{field.name}_B"] = np.array(values, kind) if any(value != idle for value in values) else None
+        return cls(**asked, bias_BV=_bias(samplers, vocab))
+
+    @property
+    def remember(self) -> bool:
+        """Whether the law depends on the tokens so far."""
+        return any(one is not None for one in (self.repetition_penalty_B, self.presence_penalty_B,
+                                               self.frequency_penalty_B))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class History:
+    """What penalties look at: which ids a row's prompt has, and how often its continuation has each."""
+
+    prompt_BV: jax.Array
+    counts_BV: jax.Array
+
+    @classmethod
+    def of(cls, tokens_BT, segments_BT, vocab: int) -> "History":
+        found = lambda ids_T, segments_T: jnp.zeros(vocab, bool).at[jnp.where(segments_T > 0, ids_T, vocab)].set(
+            True, mode="drop")
+        prompt_BV = parallel.per_shard(jax.vmap(found), tokens_BT, segments_BT, letters=("BS", "BS"))
+        return cls(prompt_BV, jnp.zeros_like(prompt_BV, jnp.int32))
+
+    def add(self, token_B, real_B) -> "History":
+        """With one more token in the rows where it is `real`."""
+        new_BV = (jnp.arange(self.counts_BV.shape[1]) == token_B[:, None]) & real_B[:, None]
+        return dataclasses.replace(self, counts_BV=self.counts_BV + new_BV)
+
+
+def sample(logits_BV, sampler, key, *, vocab: int = 0):
+    """One token id a row, int32 [B], of a Sampler, or one a row. With `vocab` > 0 only ids below it are drawn: the
+    table's rest is padding. `key` is one for the batch or, [B], one a row: a row depends on its own key and logits."""
+    rules = Rules.of(sampler, *logits_BV.shape)
+    return pick(words(logits_BV, vocab), rules, row_keys(key, logits_BV.shape[0]))
+
+
+def pick(logits_BV, rules: Rules, keys_B, history: History | None = None):
+    """One token id a row, int32 [B], of `words`."""
+    logits_BV = law(logits_BV, rules, history)
+    return draw(logits_BV, keys_B) if rules.temperature_B is not None else logits_BV.argmax(-1).astype(jnp.int32)
+
+
+def words(logits_BV, vocab: int = 0):
+    """Logits in float32, each device seeing all tokens of its rows, and those of the table's padding at -inf."""
+    logits_BV = parallel.constrain(logits_BV.astype(jnp.float32), "BA")
+    return jnp.where(jnp.arange(logits_BV.shape[1]) < vocab, logits_BV, -jnp.inf) if vocab else logits_BV
+
+
+def law(logits_BV, rules: Rules, history: History | None = None):
+    """The logits of what may be drawn, -inf for what may not: softmax of them is the law. Greedy rows have one token.
     """
-    V = logits_BV.shape[-1]
-    logits_BV = parallel.constrain(logits_BV.astype(jnp.float32), "BA")  # each device sees all tokens of its rows
-    if vocab:
-        logits_BV = jnp.where(jnp.arange(V) < vocab, logits_BV, -jnp.inf)
-    if sampler.temperature == 0:
-        return logits_BV.argmax(-1).astype(jnp.int32)
-    logits_BV /= sampler.temperature
-    keys_B = row_keys(key, logits_BV.shape[0])
-    if not sampler.top_k and sampler.top_p == 1:
-        return _draw(logits_BV, keys_B)
-    logits_BA, ids_BA = jax.lax.top_k(logits_BV, min(sampler.top_k or V, V))  # sorted, so that ties cannot add to k
-    probs_BA = jax.nn.softmax(logits_BA)
-    likelier_BA = jnp.cumsum(probs_BA, -1) - probs_BA  # share of the tokens before it
-    rank_B = _draw(jnp.where(likelier_BA < sampler.top_p, logits_BA, -jnp.inf), keys_B)
-    return jnp.where(jnp.arange(ids_BA.shape[-1]) == rank_B[:, None], ids_BA, 0).sum(-1)
+    logits_BV = logits_BV if rules.bias_BV is None else logits_BV + rules.bias_BV
+    logits_BV = logits_BV if history is None else _penalised(logits_BV, rules, history)
+    best_BV = jnp.arange(logits_BV.shape[1]) == logits_BV.argmax(-1, keepdims=True)
+    likeliest_BV = jnp.where(best_BV, 0.0, -jnp.inf)
+    if rules.temperature_B is None:
+        return likeliest_BV
+    cold_B1 = rules.temperature_B[:, None] == 0
+    logits_BV /= jnp.where(cold_B1, 1, rules.temperature_B[:, None])
+    if rules.top_k_B is not None:
+        k_B = jnp.where(rules.top_k_B == 0, logits_BV.shape[1], rules.top_k_B)
+        logits_BV = _heaviest(logits_BV, jnp.ones_like(logits_BV), k_B.astype(jnp.float32))
+    if rules.top_p_B is not None:
+        p_B = jnp.where(rules.top_p_B == 1, 2, rules.top_p_B)  # which nothing reaches, so that all are kept
+        logits_BV = _heaviest(logits_BV, jax.nn.softmax(logits_BV), p_B)
+    if rules.min_p_B is not None:
+        least_B1 = logits_BV.max(-1, keepdims=True) + jnp.log(rules.min_p_B[:, None])
+        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+    return jnp.where(cold_B1, likeliest_BV, logits_BV)
+
+
+def draw(logits_BV, keys_B):
+    """Ids int32 [B] by the Gumbel maximum: argmax(logits + noise) follows softmax(logits)."""
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
+    return (logits_BV + noise_BV).argmax(-1).astype(jnp.int32)
 
 
 def row_keys(key, rows: int):
@@ -53,7 +160,43 @@ def row_keys(key, rows: int):
     return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
-def _draw(logits_BA, keys_B):
-    """Ids by the Gumbel maximum: argmax(logits + noise) follows softmax(logits)."""
-    noise_BA = jax.vmap(lambda key: jax.random.gumbel(key, logits_BA.shape[-1:]))(keys_B)
-    return (logits_BA + noise_BA).argmax(-1).astype(jnp.int32)
+def _penalised(logits_BV, rules, history):
+    had_BV = history.counts_BV > 0
+    if rules.repetition_penalty_B is not None:
+        by_B1 = rules.repetition_penalty_B[:, None]
+        rarer_BV = jnp.where(logits_BV > 0, logits_BV / by_B1, logits_BV * by_B1)
+        logits_BV = jnp.where(had_BV | history.prompt_BV, rarer_BV, logits_BV)
+    if rules.presence_penalty_B is not None:
+        logits_BV -= jnp.where(had_BV, rules.presence_penalty_B[:, None], 0)
+    if rules.frequency_penalty_B is not None:
+        logits_BV -= rules.frequency_penalty_B[:, None] * history.counts_BV
+    return logits_BV
+
+
+def _heaviest(logits_BV, weights_BV, enough_B):
+    """The fewest largest logits whose weights add up to `enough`, or all if they do not; the others become -inf.
+
+    The 32 bits of the least that is kept are found one by one: sorting a vocabulary takes longer, on any machine.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
+    rank_BV = jnp.where(bits_BV >> 31 == 1, ~bits_BV, bits_BV | np.uint32(1 << 31))  # in the order of the numbers
+
+    def settle(i, least_B):
+        higher_B = least_B | jnp.uint32(1) << (31 - i).astype(jnp.uint32)
+        held_B = jnp.where(rank_BV >= higher_B[:, None], weights_BV, 0).sum(-1)
+        return jnp.where(held_B >= enough_B, higher_B, least_B)
+
+    least_B = jax.lax.fori_loop(0, 32, settle, jnp.zeros_like(rank_BV[:, 0]))
+    return jnp.where(rank_BV >= least_B[:, None], logits_BV, -jnp.inf)
+
+
+def _bias(samplers, vocab):
+    if not any(one.logit_bias for one in samplers):
+        return None
+    bias_BV = np.zeros((len(samplers), vocab), np.float32)
+    for row, one in zip(bias_BV, samplers):
+        for id, add in one.logit_bias:
+            if id >= vocab:
+                raise ConfigError(f"logit_bias has id {id}, and the vocabulary ends at {vocab - 1}")
+            row[id] += add
+    return bias_BV

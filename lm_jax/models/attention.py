@@ -31,17 +31,17 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD, layout: Layout, slots: Layout, *, angles=None, cache=None, at=0, key=None, **asked):
         """Attention of a row to itself, or to `cache` with the row written at `at`; `slots` is what is attended to.
 
-        Returns y_BTD and the (keys, values) attended to. `asked`: causal, window, sliding, bias_BNTS, as in kernels.
+        `cache` is (arrays of a run of layers, which of them); returns y_BTD and these arrays with the row, or None.
+        `asked`: causal, window, sliding, bias_BNTS, as in kernels.
         """
         q_BTNH = self.query(x_BTD)
         q_BTNH = q_BTNH if self.query_norm is None else self.query_norm(q_BTNH)
         q_BTNH = q_BTNH if angles is None else positions.rotate(q_BTNH, *angles, self.cfg)
-        kv = self.project(x_BTD, angles=angles)
+        kv, kept = self.project(x_BTD, angles=angles), None
         if cache is not None:
-            kv = tuple(jax.lax.dynamic_update_slice_in_dim(old, whole(new).astype(old.dtype), at, axis=1)
-                       for old, new in zip(cache, kv))
+            kept, kv = written(*cache, kv, at)
         use = "row" if cache is None else "cache"
-        return self.attend(q_BTNH, kv, layout, slots, use=use, key=key, **asked), kv
+        return self.attend(q_BTNH, kv, layout, slots, use=use, key=key, **asked), kept
 
     def cross(self, x_BTD, memory, layout: Layout, source: Layout, *, key=None):
         """Attention of x over (keys, values) that `project` made of an encoder's output; returns y_BTD."""
@@ -97,6 +97,14 @@ def attention_scale(cfg: TransformerConfig) -> float:
     return (cfg.attention_scale or cfg.sizes["H"] ** -0.5) * sharper**2
 
 
-def whole(x_BTKH):
-    """Keys or values of a row, every device holding all of its tokens."""
-    return parallel.constrain(x_BTKH, "BSKH")
+def written(kept, layer, row, at):
+    """A cache's arrays [L, B, K, S, H] with a row's, [B, T, K, H], written in place at `at`; and those of `layer` as
+    [B, S, K, H], which is how kernels read them and no copy: heads before slots is what their products want."""
+    put = lambda old, new: jax.lax.dynamic_update_slice(old, shelved(new).astype(old.dtype)[None], (layer, 0, 0, at, 0))
+    kept = tuple(map(put, kept, row))
+    return kept, tuple(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).swapaxes(1, 2) for a in kept)
+
+
+def shelved(x_BTKH):
+    """Keys or values of a row as a cache has them, [B, K, T, H], every device holding all of its tokens."""
+    return parallel.constrain(x_BTKH, "BSKH").swapaxes(1, 2)

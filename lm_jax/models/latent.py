@@ -2,14 +2,13 @@
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lm_jax import parallel
 from lm_jax.config import TransformerConfig
 from lm_jax.models import positions
-from lm_jax.models.attention import Attention, attention_scale, whole
+from lm_jax.models.attention import Attention, attention_scale, written
 from lm_jax.models.layers import Einsum, Norm, matmul, residual_gain
 from lm_jax.models.layouts import Layout
 from lm_jax.models.xla import xla
@@ -39,18 +38,17 @@ class LatentAttention(Attention):
         self.out = Einsum("BTNO,NOD->BTD", cfg, rngs=rngs, gain=residual_gain(cfg))
 
     def __call__(self, x_BTD, layout: Layout, slots: Layout, *, angles=None, cache=None, at=0, key=None, **asked):
-        """As `Attention` does; what it returns beside y_BTD are the (latents, shared keys) attended to."""
+        """As `Attention` does; what is kept are latents and shared keys."""
         q_BTQ = x_BTD if self.query_down is None else self.query_norm(self.query_down(x_BTD))
         q_BTNH = self.query(q_BTQ)
         plain = self.cfg.sizes["H"] - self.cfg.sizes["J"]
         q_BTNH = jnp.concatenate(
             [q_BTNH[..., :plain], positions.rotate(q_BTNH[..., plain:], *angles, self.cfg)], -1)
-        kept = self.project(x_BTD, angles=angles)
+        row = self.project(x_BTD, angles=angles)
         if cache is None:
-            return self.attend(q_BTNH, self.written_out(*kept), layout, slots, use="row", key=key, **asked), kept
-        kept = tuple(jax.lax.dynamic_update_slice_in_dim(old, whole(new).astype(old.dtype), at, axis=1)
-                     for old, new in zip(cache, kept))
-        return self.read(q_BTNH, kept, layout, slots, **asked), kept
+            return self.attend(q_BTNH, self.written_out(*row), layout, slots, use="row", key=key, **asked), None
+        kept, here = written(*cache, row, at)
+        return self.read(q_BTNH, here, layout, slots, **asked), kept
 
     def project(self, x_BTD, *, angles=None):
         """What a token keeps: its latent [B, T, 1, W] and its shared key [B, T, 1, J]."""

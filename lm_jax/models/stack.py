@@ -11,7 +11,7 @@ from flax import nnx
 from lm_jax import parallel
 from lm_jax.config import MoEConfig, TransformerConfig
 from lm_jax.models import positions
-from lm_jax.models.attention import Attention, RelativeBias, alibi
+from lm_jax.models.attention import Attention, RelativeBias, alibi, shelved
 from lm_jax.models.latent import LatentAttention
 from lm_jax.models.layers import MLP, PRODUCT, Norm, depth_ratio, dropout
 from lm_jax.models.layouts import SAVED, Layout
@@ -23,15 +23,15 @@ from lm_jax.models.moe import MoE
 class Cache:
     """What decoding remembers: keys and values of every layer, the layout of their slots, and the next free slot.
 
-    `kv_L` are arrays [L, B, S, K, H], or what else the attention keeps of a token; `memory_L` likewise over the
-    encoder's tokens, with `source` their layout, None without an encoder. Empty slots are segment 0, so the one mask
-    hides them.
+    `kept` has, for each run of layers, arrays [L, B, K, S, H] of keys and values, or what else the attention keeps of a
+    token; `memory` likewise over the encoder's tokens, with `source` their layout, None without an encoder. Empty slots
+    are segment 0, so the one mask hides them.
     """
 
-    kv_L: tuple[jax.Array, jax.Array]
+    kept: tuple[tuple[jax.Array, jax.Array], ...]
     slots: Layout
     at: jax.Array
-    memory_L: tuple[jax.Array, jax.Array] | None = None
+    memory: tuple[tuple[jax.Array, jax.Array], ...] | None = None
     source: Layout | None = None
 
 
@@ -64,12 +64,12 @@ class Block(nnx.Module):
         self.mlp_residual = Residual(cfg)
 
     def __call__(self, x_BTD, attend, cross, real_BT, *, key=None):
-        """Returns x_BTD, the layer's (keys, values) and the router's losses.
+        """Returns x_BTD, the cache's arrays with the row written (None without a cache) and the router's losses.
 
         `attend(attention, x)` and `cross(attention, x)` know what is attended to.
         """
         keys = [None] * 5 if key is None else jax.random.split(key, 5)
-        x_BTD, kv = self.attention_residual(x_BTD, partial(attend, self.attention, key=keys[0]), key=keys[1])
+        x_BTD, kept = self.attention_residual(x_BTD, partial(attend, self.attention, key=keys[0]), key=keys[1])
         if self.cross is not None:
             over = lambda x: (cross(self.cross, x, key=keys[2]), None)
             x_BTD, _ = self.cross_residual(x_BTD, over, key=keys[3])
@@ -77,7 +77,7 @@ class Block(nnx.Module):
             x_BTD, router = self.mlp_residual(x_BTD, lambda x: self.mlp(x, real_BT), key=keys[4])
         else:
             x_BTD, router = self.mlp_residual(x_BTD, lambda x: (self.mlp(x), {}), key=keys[4])
-        return x_BTD, kv, router
+        return x_BTD, kept, router
 
 
 class Stack(nnx.Module):
@@ -95,6 +95,7 @@ class Stack(nnx.Module):
         self.blocks = self._made(cfg if "E" in self.layers else plain, self.layers.count("E") if mixed else depth,
                                  cross, rngs)
         self.dense = self._made(plain, self.layers.count("D"), cross, rngs) if mixed else None
+        self.apart = nnx.data(None)  # blocks of one layer each, once `take_apart` has made them
         self.bias = RelativeBias(cfg, causal=causal, rngs=rngs) if cfg.positions == "relative" else None
         self.norm = Norm("D", cfg) if cfg.norm_place != "post" else None
 
@@ -108,32 +109,37 @@ class Stack(nnx.Module):
         bias = alibi(cfg, layout, slots) if cfg.positions == "alibi" else self.bias and self.bias(layout, slots)
         at = 0 if cache is None else cache.at
 
-        def layer(x_BTD, scanned):
-            block, sliding, kv, memory_kv, key = scanned
+        def layer(carry, scanned):
+            (x_BTD, kept), (i, block, memory_kv, sliding, key) = carry, scanned
             turns = near if sliding is None or near is angles else jax.tree.map(
                 partial(jnp.where, sliding), near, angles)
             attend = lambda attention, x, key: attention(
-                x, layout, slots, angles=turns, cache=kv, at=at, key=key, causal=self.causal, window=cfg.window,
-                sliding=True if sliding is None else sliding, bias_BNTS=bias)
-            if memory is not None and memory_kv is None:
+                x, layout, slots, angles=turns, cache=kept and (kept, i), at=at, key=key, causal=self.causal,
+                window=cfg.window, sliding=True if sliding is None else sliding, bias_BNTS=bias)
+            if memory is not None:
                 memory_kv = block.cross.project(memory)
+            elif memory_kv is not None:
+                memory_kv = tuple(a.swapaxes(1, 2) for a in memory_kv)
             cross = lambda attention, x, key: attention.cross(x, memory_kv, layout, source, key=key)
-            x_BTD, kv_new, router = block(x_BTD, attend, cross, layout.segments_BT > 0, key=key)
-            return x_BTD, (kv_new if kv is not None else None, router)
+            x_BTD, kept, router = block(x_BTD, attend, cross, layout.segments_BT > 0, key=key)
+            return (x_BTD, kept), router
 
         sliding = self.sliding()
-        scanned = (None if all(sliding) else jnp.asarray(sliding), cache and cache.kv_L, cache and cache.memory_L,
+        scanned = (None if all(sliding) else jnp.asarray(sliding),
                    None if key is None else jax.random.split(key, self.depth))
-        kvs, routers = [], []
-        for blocks, own, layers in self.runs():
-            part = jax.tree.map(partial(_cut, part=own), blocks), *jax.tree.map(partial(_cut, part=layers), scanned)
+        every, routers = [], []
+        for run, (blocks, layers) in enumerate(self.runs()):
+            index = cache and jnp.arange(layers.stop - layers.start)
+            part = (index, blocks, cache and cache.memory and cache.memory[run],
+                    *jax.tree.map(partial(_cut, part=layers), scanned))
+            start = x_BTD, cache and cache.kept[run]
             # a scanned body trains at half the speed of an unrolled one on CPU
-            x_BTD, (kv_L, router_L) = jax.lax.scan(REMAT[cfg.remat](layer), x_BTD, part, unroll=parallel.on_cpu())
-            kvs, routers = kvs + [kv_L], routers + [router_L] * bool(router_L)
-        kv_L, router_L = _joined(kvs), _joined(routers) if routers else {}
+            (x_BTD, kept), router_L = jax.lax.scan(REMAT[cfg.remat](layer), start, part, unroll=parallel.on_cpu())
+            every, routers = every + [kept], routers + [router_L] * bool(router_L)
+        router_L = _joined(routers) if routers else {}
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
         if cache is not None:
-            cache = replace(cache, kv_L=kv_L, slots=slots, at=at + layout.positions_BT.shape[1])
+            cache = replace(cache, kept=tuple(every), slots=slots, at=at + layout.positions_BT.shape[1])
         return x_BTD, cache, jax.tree.map(lambda a_LB: a_LB.mean(0), router_L)
 
     def sliding(self) -> list[bool]:
@@ -141,13 +147,35 @@ class Stack(nnx.Module):
         return [letter == "S" for letter in repeated(self.cfg.window_pattern, self.depth)]
 
     def runs(self):
-        """Runs of layers of one kind: its stacked blocks, which of them, and which layers those are."""
+        """Runs of layers that one scan walks: their stacked blocks, and which layers those are."""
+        if self.apart is not None:
+            yield from ((blocks, slice(i, i + 1)) for i, blocks in enumerate(self.apart))
+            return
         at = {"D": 0, "E": 0}
         for letter, run in groupby(self.layers):
             length, start = len(list(run)), sum(at.values())
             blocks = self.dense if letter == "D" and self.dense is not None else self.blocks
-            yield blocks, slice(at[letter], at[letter] + length), slice(start, start + length)
+            own = slice(at[letter], at[letter] + length)
+            yield jax.tree.map(partial(_cut, part=own), blocks), slice(start, start + length)
             at[letter] += length
+
+    def empty(self, rows: int, slots: int):
+        """`Cache.kept` of empty slots."""
+        array = lambda layers, heads, size: parallel.constrain(
+            jnp.zeros((layers.stop - layers.start, rows, heads, slots, size), self.cfg.dtype), "LBKSH")
+        kinds = attention(self.cfg).kept(self.cfg)
+        return tuple(tuple(array(layers, *each) for each in kinds) for _, layers in self.runs())
+
+    def remembered(self, memory):
+        """`Cache.memory` of an encoder's output."""
+        over = lambda block: tuple(map(shelved, block.cross.project(memory)))
+        return tuple(jax.lax.map(over, blocks) for blocks, _ in self.runs())
+
+    def take_apart(self):
+        """Make each layer a run of its own."""
+        each = (jax.tree.map(lambda w, i=i: w[i:i + 1], blocks)
+                for blocks, layers in self.runs() for i in range(layers.stop - layers.start))
+        self.apart, self.blocks, self.dense = nnx.List(each), None, None
 
     @staticmethod
     def _made(cfg, depth, cross, rngs):

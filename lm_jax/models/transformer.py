@@ -10,10 +10,9 @@ from lm_jax import parallel
 from lm_jax.batch import Batch
 from lm_jax.config import TransformerConfig
 from lm_jax.models import heads, positions
-from lm_jax.models.attention import whole
 from lm_jax.models.layers import Einsum, Embed, Norm, dropout, matmul, width_ratio
 from lm_jax.models.layouts import Layout
-from lm_jax.models.stack import Cache, Stack, attention
+from lm_jax.models.stack import Cache, Stack
 
 
 class Transformer(nnx.Module):
@@ -109,21 +108,26 @@ class Transformer(nnx.Module):
 
     def cache(self, batch: Batch, length: int) -> Cache:
         """An empty cache of `length` slots for the rows of `batch`, the encoder's part already computed."""
-        cfg, B = self.cfg, batch["tokens"].shape[0]
-        empty = lambda heads, size: parallel.constrain(
-            jnp.zeros((cfg.depth, B, length, heads, size), cfg.dtype), "LBSKH")
+        B = batch["tokens"].shape[0]
         slots = Layout(*(parallel.constrain(jnp.zeros((B, length), jnp.int32), "BS") for _ in range(3)))
-        memory_L = source = None
+        memory = source = None
         if self.encoder is not None:
             memory, source, _ = self.encode(batch["source"])
-            memory_L = jax.lax.map(lambda block: tuple(map(whole, block.cross.project(memory))), self.decoder.blocks)
-        kept = tuple(empty(*each) for each in attention(cfg).kept(cfg))
-        return Cache(kept, slots, jnp.zeros((), jnp.int32), memory_L, source)
+            memory = self.decoder.remembered(memory)
+        return Cache(self.decoder.empty(B, length), slots, jnp.zeros((), jnp.int32), memory, source)
 
 
 def make(cfg: TransformerConfig, *, seed: int) -> Transformer:
     """A new model under jit, each weight made on the devices that keep it; numbers do not depend on the mesh."""
     return _made(cfg, jax.random.key(seed))
+
+
+def apart(model: Transformer) -> Transformer:
+    """The model with the weights of each decoder layer in arrays of their own: the same numbers, for decoding on a CPU,
+    which reads those where they are and would first copy, for every token, its slice of what is stacked."""
+    model = jax.tree.map(lambda w: w, model)
+    model.decoder.take_apart()
+    return model
 
 
 def root(cfg: TransformerConfig) -> float:

@@ -155,9 +155,9 @@ def _restored(model, batch, tokenizer):
 def _answer(model, prompt, tokenizer, *, temperature):
     """Ids that the model writes after a prompt of one row, as many as its learned positions allow."""
     room = model.cfg.max_length - prompt["tokens"].shape[1] if model.cfg.positions == "learned" else ANSWER
-    tokens, _ = generate(model, prompt, Sampler(temperature), length=min(ANSWER, room), key=jax.random.key(0),
-                         stop=tokenizer.eos, vocab=tokenizer.vocab)
-    return np.asarray(tokens)[0]
+    made = generate(model, prompt, Sampler(temperature), length=min(ANSWER, room), key=jax.random.key(0),
+                    stop=tokenizer.eos, vocab=tokenizer.vocab)
+    return np.asarray(made.tokens_BT)[0]
 
 
 def _flops_per_token(recipe):
