@@ -1,6 +1,6 @@
 """A run's folder: claimed by one trainer at a time, bound to one config, and written so that a kill harms no record.
 
-    <workdir>/config.json manifest.json metrics.jsonl checkpoints/ plots/ summary.json lock mark
+    <workdir>/config.json manifest.json metrics.jsonl checkpoints/ plots/ summary.json lock lease mark
 """
 
 import fcntl
@@ -14,6 +14,7 @@ from pathlib import Path
 from lm_jax import disk
 from lm_jax.config import difference
 from lm_jax.errors import REFUSED, ConfigError
+from lm_jax.lease import Lease
 
 # Keys that may change while a run goes on: where and how it computes and what it records, not what it learns.
 FREE = ("mesh.", "data.root:", "model.remat:", "model.attention:", "train.microbatches:", "train.log_every:",
@@ -28,7 +29,7 @@ class Workdir:
     def __init__(self, path, *, writes: bool = True):
         self.path = Path(path).absolute()
         self.writes = writes
-        self._lock = None
+        self._lock = self._lease = None
 
     @property
     def checkpoints(self) -> Path:
@@ -72,8 +73,9 @@ class Workdir:
     def close(self):
         """Let go of the folder."""
         if self._lock:
+            self._lease.close()
             self._lock.close()
-            self._lock = None
+            self._lock = self._lease = None
 
     def write_json(self, name: str, value):
         """Write a record whole or not at all; numbers that JSON lacks become null."""
@@ -129,7 +131,8 @@ class Workdir:
             time.sleep(0.1)
 
     def _claim(self):
-        """Take the lock, which the system frees when its holder dies, however it dies."""
+        """Take the lock, which the system frees when its holder dies, however it dies, and the lease, which other
+        hosts see."""
         lock = open(self.path / "lock", "a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,6 +145,11 @@ class Workdir:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
+        try:
+            self._lease = Lease(self.path)
+        except BaseException:
+            lock.close()
+            raise
         self._lock = lock
 
 

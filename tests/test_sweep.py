@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import types
 
 import numpy as np
 import pytest
@@ -202,11 +203,9 @@ def test_a_terminal_sees_what_runs_what_it_came_to_and_how_much_is_done(tmp_path
     (tmp_path / "points" / points[1].id).mkdir()
     (tmp_path / "points" / points[1].id / "metrics.jsonl").write_text('{"step": 4, "loss": 2.5}\n{"step": 5, "lo')
     console, ended = rich.console.Console(file=io.StringIO(), force_terminal=True, width=100), []
-    pool = Pool([], tmp_path, [])
     with watch.Watch(points, tmp_path, console, ended=lambda: ended.append(1)) as show:
         for states in (("running", "waiting", "waiting"), ("ok", "running", "waiting")):
-            pool.states = {point.id: state for point, state in zip(points, states)}
-            show(pool)
+            show(types.SimpleNamespace(states={point.id: state for point, state in zip(points, states)}))
     said = console.file.getvalue()
     for expected in ("loss 3.0000 ± 0.1000", "step 4 of 6 · loss 2.500", "1 of 3 points", "42% of"):
         assert expected in said, said

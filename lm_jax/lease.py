@@ -1,0 +1,103 @@
+"""Who trains in a folder, said in the folder itself: where hosts share a bucket, a lock of one is unknown to the others.
+
+    <workdir>/lease     {"host", "name", "process", "beats"}, written anew every `BEAT` seconds
+
+A lease that does not move for `STALE` seconds is of one who is dead; no clocks are compared, only what is seen. The
+holder takes it away when it ends.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+from lm_jax import disk
+from lm_jax.errors import ConfigError
+
+BEAT, STALE = 20.0, 120.0  # seconds; buckets that are mounted may show a file as it was a minute ago
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+HOST = f"{socket.gethostname()} {BOOT.read_text().strip() if BOOT.exists() else ''}"
+
+
+class Lease:
+    """Held until `close` or the process's end; for one who has the folder's lock, so that no other of this host has."""
+
+    def __init__(self, folder: Path):
+        """Take it; waits until it is known whether one who seems to have it lives: ConfigError if so."""
+        self.path, self._beats, self._over = folder / "lease", 0, threading.Event()
+        while not self._create():
+            self._outlive()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def close(self):
+        """Let go of the folder."""
+        atexit.unregister(self.close)
+        self._over.set()
+        self._thread.join()
+        if self._seen() == self._text():
+            self.path.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        """Write the lease, if there is none."""
+        try:
+            with open(self.path, "x") as file:
+                file.write(self._text())
+        except FileExistsError:
+            return False
+        return True
+
+    def _outlive(self):
+        """Return when whoever left the lease is dead, and it is out of the way."""
+        first, patience = self._seen(), STALE
+        if not _read(first):
+            patience = BEAT / 10  # just made, or left by one who could not write it
+        elif _read(first)["host"] == HOST:
+            patience = 0  # of this host, whose lock is ours: its process is gone
+        else:
+            print(f"{self.path.parent} was in use by {_holder(first)}: watching for {STALE:.0f} s whether it still is",
+                  flush=True)
+        end = time.monotonic() + patience
+        while time.monotonic() < end and (now := self._seen()) is not None:
+            if _read(now) and now != first:
+                raise ConfigError(f"{self.path.parent} is in use by {_holder(now)}: wait until it ends, or pass "
+                                  "another --workdir")
+            time.sleep(BEAT / 20)
+        aside = self.path.with_name(f"lease-{os.getpid()}")  # of two who see it dead, one is the first to rename it
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rename(aside).unlink()
+
+    def _renew(self):
+        while not self._over.wait(BEAT):
+            if self._seen() not in (None, self._text()):
+                print(f"error: {self.path.parent} was taken over by {_holder(self._seen())} while this process was not "
+                      "heard of: it ends, and leaves the folder as it is", flush=True)
+                os._exit(ConfigError.code)
+            self._beats += 1
+            with contextlib.suppress(OSError):  # a disk that is full now may have room at the next beat
+                disk.replace(self.path, [self._text()])
+
+    def _text(self) -> str:
+        return json.dumps({"host": HOST, "name": socket.gethostname(), "process": os.getpid(), "beats": self._beats})
+
+    def _seen(self) -> str | None:
+        try:
+            return self.path.read_text()
+        except FileNotFoundError:
+            return None
+
+
+def _read(text: str | None) -> dict:
+    try:
+        return json.loads(text or "{}")
+    except ValueError:  # half-written
+        return {}
+
+
+def _holder(text: str | None) -> str:
+    return "process {process} on {name}".format(**({"process": "?", "name": "another host"} | _read(text)))
