@@ -37,11 +37,11 @@ def main(argv):
     fits, record = results.study(runs, level=args.level, draws=args.draws, delta=ESTIMATORS[args.estimator],
                                  chosen=args.law, settings=settings)
     show(console, record, args.law)
-    record["predict"] = [predictions(fits, runs.finals(), record, budget, args) for budget in args.predict]
+    record["predict"] = [predictions(fits, runs.finals().tuned(), record, budget, args) for budget in args.predict]
     for prediction in record["predict"]:
         show_prediction(console, prediction)
     if args.next:
-        record["next"] = dataclasses.asdict(plan := recommended(fits, runs.finals(), args))
+        record["next"] = dataclasses.asdict(plan := recommended(fits, runs.finals().tuned(), args))
         show_plan(console, plan)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from test_laws import TRUE, grid
 
 from lm_jax import fit
 from lm_jax.errors import ConfigError, DataError
-from lm_jax.scaling import checks, table, tuning, valleys
+from lm_jax.scaling import checks, envelope, table, tuning, valleys
 from lm_jax.scaling.checks import Refused
 from lm_jax.scaling.laws import LAWS, additive
 
@@ -140,7 +140,7 @@ def curves(rng, noise: float) -> table.Table:
     return table.from_rows(rows(x, additive(TRUE, x) * np.exp(noise * rng.standard_normal(11))[run], run=run))
 
 
-@pytest.mark.parametrize("approach, made", [(valleys.isoflop, isoflop), (valleys.envelope, curves)])
+@pytest.mark.parametrize("approach, made", [(valleys.isoflop, isoflop), (envelope.envelope, curves)])
 def test_intervals_of_approaches_1_and_2_hold_the_truth_as_often_as_they_say(approach, made):
     rng, held = np.random.default_rng(2), 0
     for _ in range(30):

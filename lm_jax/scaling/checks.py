@@ -24,13 +24,39 @@ def comparable(table: Table):
                       "run says nothing of the law; mark it excluded=1 or status=diverged")
     for name, cure in (("tokenizer", "fit one tokenizer at a time (--where=tokenizer=...), or --loss=bits_per_byte"),
                        ("params_convention", "count all runs alike"), ("flops_convention", "count all runs alike"),
-                       ("code_revision", "select one with --where, or run the older points again"),
-                       ("data_digest", "select one with --where")):
+                       ("code_revision", "select one with --where, or run the older points again")):
         found = sorted(set(table[name])) if name in table else []
         if len(found) > 1 and not (name == "tokenizer" and table.unit == "bits per byte"):
             raise Refused(f"{table.source}: {len(found)} values of {name} are mixed "
                           f"({', '.join(map(repr, found[:4]))}): their losses are not comparable; {cure}")
+    if len(of_corpora(table)) > 1 and not _nested(table):
+        raise Refused(f"{table.source}: {len(of_corpora(table))} values of data_digest are mixed "
+                      f"({', '.join(map(repr, list(of_corpora(table))[:4]))}) that no number of unique tokens tells "
+                      "apart: their losses are not comparable; select one with --where=data_digest=...")
     _flops_alike(table)
+
+
+def of_corpora(table: Table) -> dict[str, float]:
+    """Tokens of each corpus that runs were made on; NaN where neither epochs nor unique tokens tell."""
+    if "data_digest" not in table:
+        return {}
+    size = table["D"] / table["epochs"] if "epochs" in table else table["U"] if "U" in table else 0 * table["D"]
+    sizes = {str(name): size[table["data_digest"] == name].max() for name in np.unique(table["data_digest"])}
+    return {name: float(found) if found > 0 else math.nan for name, found in sizes.items()}
+
+
+def cautions(table: Table) -> list[str]:
+    """What must be read beside any law of these rows."""
+    said = []
+    flags = table["flags"] if "flags" in table else np.array([])
+    if edge := sum("edge-of-lr-grid" in flag for flag in flags):
+        said.append(f"{edge} of {len(table)} runs have their best learning rate at the edge of its grid: a better one "
+                    "may be beyond, and their losses above what their N and D can reach; widen the grid there")
+    if len(corpora := of_corpora(table)) > 1:
+        sizes = ", ".join(f"{size:.3g}" for size in sorted(corpora.values()))
+        said.append(f"runs are on {len(corpora)} corpora, of {sizes} tokens: their losses are comparable only where "
+                    "the smaller are samples of the larger")
+    return said
 
 
 def enough(law: Law, table: Table, fixed=()):
@@ -78,6 +104,12 @@ def warnings(fit: Fit, intervals: dict) -> list[str]:
             where = ", ".join(f"{name} {params[name]:.4g}" for name in fit.free)
             said.append(f"{word}: objective {value:.6g} against {fit.objective:.6g}, at {where}")
     return said
+
+
+def _nested(table: Table) -> bool:
+    """Whether every corpus has a size of its own, as in a sweep of repeated data."""
+    sizes = np.sort(list(of_corpora(table).values()))  # NaN last
+    return bool((sizes[1:] > 1.01 * sizes[:-1]).all())
 
 
 def _flops_alike(table: Table):

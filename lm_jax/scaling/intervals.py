@@ -16,6 +16,7 @@ from lm_jax.scaling.fitting import Fit
 
 LEVEL = 0.95
 DRAWS = 1000
+FEWEST = 20  # draws of which a spread is told
 PULL = 100.0  # of the search for a profile towards its target, in units of the quantity's own curvature
 FLAT = 1e-9  # of the steepest direction: one as flat moves no prediction
 FARTHEST = 16.0  # of log: a quantity that may be e^16 times larger is not bounded

@@ -5,21 +5,24 @@ Each takes a Subject and returns (Figure, caption), or raises Refused with the r
 
 import numpy as np
 
-from lm_jax.scaling import style, valleys
+from lm_jax.scaling import style
 from lm_jax.scaling import subject as numbers
 from lm_jax.scaling.checks import Refused
+from lm_jax.scaling.curves import CURVE, LATE, NEAR
 from lm_jax.scaling.style import INK, LAW, OTHER
 from lm_jax.scaling.subject import Subject
 from lm_jax.scaling.words import TOLD, between
+
+EARLIEST = 30  # a figure of curves begins at the tokens of the shortest run, over this
 
 
 def compute(s: Subject):
     """Loss against compute, the lowest reached so far, and the law's best."""
     figure, (axes,) = style.panels(1)
     shades = style.shades(s.runs["N"])
-    curves = numbers.training_curves(s.runs)
-    for rows in curves:
-        axes.plot(s.runs["C"][rows], s.runs.loss[rows], color=style.ORDERED(shades(s.runs["N"][rows[0]])), linewidth=1)
+    curves = s.runs.curves
+    for curve in curves:
+        axes.plot(curve.C, curve.loss, color=style.ORDERED(shades(curve.N)), linewidth=0.8, alpha=0.8)
     axes.scatter(s.ends["C"], s.ends.loss, c=s.ends["N"], cmap=style.ORDERED, norm=shades, s=18, zorder=3)
     order = np.argsort(s.runs["C"])
     lowest = np.minimum.accumulate(s.runs.loss[order])
@@ -41,28 +44,36 @@ def compute(s: Subject):
     style.colour_bar(figure, axes, shades, "N", s.ends)
     style.legend(axes)
     axes.set_title("loss against compute")
-    return figure, (f"{len(s.ends)} runs, coloured by size" + (f", {len(curves)} of them with their training curve"
+    return figure, (f"{len(s.ends)} runs, coloured by size" + (f", {len(curves)} with their training curves"
                     if curves else "") + ". The step line is the envelope: no run does better with as little compute.")
 
 
 def curves(s: Subject):
     """Training curves: loss against tokens."""
-    found = numbers.training_curves(s.runs)
+    found = s.runs.curves
     if not found:
-        raise Refused(f"no run of the table has {numbers.CURVE} rows or more: a record a run says how it ended, not "
-                      "how it came there (give a column run, and a row for each evaluation)")
+        raise Refused(f"no run has {CURVE} rows or more in the table (a column run, a row for each evaluation), nor "
+                      "points/<run>/metrics.jsonl beside it: a record says how a run ended, not how it came there")
     figure, (axes,) = style.panels(1)
-    shades = style.shades(s.runs["N"])
-    for rows in found:
-        colour = style.ORDERED(shades(s.runs["N"][rows[0]]))
-        axes.plot(s.runs["D"][rows], s.runs.loss[rows], color=colour, linewidth=1.2)
-        axes.plot(s.runs["D"][rows[-1]], s.runs.loss[rows[-1]], "o", color=colour, markersize=4)
+    shades = style.shades([curve.N for curve in found])
+    for curve in sorted(found, key=lambda curve: -curve.N):
+        colour = style.ORDERED(shades(curve.N))
+        axes.plot(curve.D, curve.loss, color=colour, linewidth=1.2 if len(found) < 20 else 0.8)
+    axes.scatter(s.ends["D"], s.ends.loss, c=s.ends["N"], cmap=style.ORDERED, norm=shades, s=22, zorder=3,
+                 edgecolors="white", linewidths=0.6, label="loss at a run's end, as the laws are fitted to")
+    axes.set(xscale="log", xlim=(s.ends["D"].min() / EARLIEST, s.ends["D"].max() * 1.3))
     style.log_axis(axes.xaxis, "D", s.runs)
-    late = np.concatenate([s.runs.loss[rows[len(rows) // 8:]] for rows in found])
-    style.loss_axis(axes, s.runs, [late])
+    late = [curve.loss[curve.D > s.ends["D"].min() / EARLIEST] for curve in found]
+    style.loss_axis(axes, s.runs, [s.ends.loss, *late])
     style.colour_bar(figure, axes, shades, "N", s.runs)
+    style.legend(axes)
     axes.set_title(f"training curves of {len(found)} runs")
-    return figure, "Loss along training, coloured by size; a dot ends each run."
+    smoothed = (", its loss on validation data. Lines are losses on the training batches: each of their points is the "
+                f"mean of the steps in {NEAR:.0%} of the tokens so far, or {LATE:.0%} of the run if that is less. "
+                "Before its learning rate is down, the loss of a run is above what its tokens can reach. Runs with one "
+                "trunk begin where they left it.")
+    return figure, "Loss along training, coloured by size; a dot is the end of a run" + (
+        smoothed if any(curve.smoothed for curve in found) else ".")
 
 
 def isoflop(s: Subject):
@@ -89,11 +100,10 @@ def _valleys(s, dial: str, records: dict, title: str):
     found = s.record["approaches"][records[along]]
     figure, (left, right) = style.panels(2)
     shades = style.shades([valley["at"] for valley in found["valleys"]])
-    ends = valleys.fresh(s.ends) if along == "C" else s.ends
-    at = valleys.budgets(ends["C"]) if along == "C" else ends[along]
+    ends = s.runs.finals()
     losses = []
     for valley in found["valleys"]:
-        rows = np.flatnonzero(np.isclose(at, valley["at"], rtol=1e-9))
+        rows = np.flatnonzero(np.isin(ends.lines, valley["lines"]))
         x, colour = ends[dial][rows], style.ORDERED(shades(valley["at"]))
         fine = np.geomspace(x.min(), x.max(), 100)
         curve = np.polynomial.Polynomial.fit(np.log(x), ends.loss[rows], 2)(np.log(fine))

@@ -113,7 +113,11 @@ def _laws(s: Subject) -> str:
     head = ["law", "formula", "free", "objective", "AIC", "above the best", "R²", "hold-out", "largest budget"]
     names = list(dict.fromkeys(key for name in order for key in (*laws[name]["params"], *laws[name]["derived"])))
     values = [[key, *(_value(laws[name], key) for name in order)] for key in names]
-    notes = [f"{name}: {line}" for name in order for line in laws[name]["warnings"]]
+    told = {}
+    for name in order:
+        for line in laws[name]["warnings"]:
+            told.setdefault(line, []).append(name)
+    notes = [f"{'all' if len(names) == len(laws) else ', '.join(names)}: {line}" for line, names in told.items()]
     return (f"<p>Estimator: {escape(s.record['estimator'])}. Hold-out: mean error on the runs just above a cut in "
             "compute by the fit of those below, over several cuts; largest budget: the same, of the largest alone.</p>"
             + _table(head, rows, drawn=s.law)
@@ -140,7 +144,9 @@ def _valleys(s: Subject) -> str:
     left_out = lambda said: "; ".join(said[:3]) + (f"; and {len(said) - 3} more" if len(said) > 3 else "")
     rows = [[name, way["method"], _number(way["exponent"], ".4f"), between(way["interval"]), len(way["valleys"]),
              left_out(way["warnings"])] for name, way in found.items()]
-    return _table(["", "curve", "exponent", f"{100 * s.record['level']:g} % interval", "valleys", "left out"], rows)
+    cut = sorted({way["curves"] for way in found.values() if "curves" in way})
+    return "".join(f"<p>Approach 1 is of {escape(said)}.</p>" for said in cut) + _table(
+        ["", "curve", "exponent", f"{100 * s.record['level']:g} % interval", "valleys", "left out"], rows)
 
 
 def _refused(record: dict) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lm_jax.scaling import checks, compare, fitting, intervals, valleys
+from lm_jax.errors import ConfigError
+from lm_jax.scaling import checks, compare, envelope, fitting, intervals, valleys
 from lm_jax.scaling.checks import Refused
 from lm_jax.scaling.fitting import Fit
 from lm_jax.scaling.laws import LAWS, Law
@@ -19,12 +20,16 @@ def study(table: Table, *, level: float = intervals.LEVEL, draws: int = interval
           settings: Mapping[str, Mapping] | None = None) -> tuple[dict[str, Fit], dict]:
     """Every law that the table carries, as (fits, record); the record of law.json, without predictions.
 
-    The `chosen` law has `draws` of each resampling, the others a tenth. `settings` {law: {"fixed": ..., "start": ...,
-    "within": ...}} go to `fitting.fit`. Laws refused are in the record with their reason. Raises Refused where no law
-    is left.
+    Laws are of the ends of runs, the best of each grid of learning rates. The `chosen` law has `draws` of each
+    resampling, the others a tenth, and FEWEST. `settings` {law: {"fixed": ..., "start": ..., "within": ...}} go to
+    `fitting.fit`. Laws refused are in the record with their reason. Raises Refused where no law is left.
     """
     checks.comparable(table)
-    ends, rng = table.finals(), np.random.default_rng(0)
+    if draws and draws < intervals.FEWEST:
+        raise ConfigError(f"{draws} draws tell no interval: pass --draws=0 for none, {intervals.FEWEST} or more for a "
+                          f"spread, {intervals.DRAWS} for the ends of a 95 % interval")
+    ends, rng = table.finals().tuned(), np.random.default_rng(0)
+    few = min(draws, max(draws // 10, intervals.FEWEST))
     fits, laws, refused = {}, {}, {}
     for name, law in LAWS.items():
         asked = dict((settings or {}).get(name, {}), delta=delta)
@@ -35,7 +40,7 @@ def study(table: Table, *, level: float = intervals.LEVEL, draws: int = interval
             refused[name] = str(reason)
             continue
         with np.errstate(all="ignore"):  # a form that does not suit runs off to infinity, which its intervals say
-            laws[name] = describe(fits[name], ends, rng, level=level, draws=draws if name == chosen else draws // 10,
+            laws[name] = describe(fits[name], ends, rng, level=level, draws=draws if name == chosen else few,
                                   settings=asked)
     if not fits:
         raise Refused(f"{table.source} carries no law: " + "; ".join(f"{k}: {v}" for k, v in refused.items()))
@@ -71,7 +76,7 @@ def describe(fit: Fit, table: Table, rng: np.random.Generator, *, level: float, 
             "holdout_error": rolling["error"], "holdout": rolling["cuts"],
             "largest_budget": compare.largest(law, table, **settings),
             "minima": [{"objective": value, "params": params} for value, params in fit.minima[:5]],
-            "warnings": checks.warnings(fit, found["profile"])}
+            "warnings": checks.warnings(fit, found["profile"]) + checks.cautions(table)}
 
 
 def delta_errors(fit: Fit, measured: Mapping) -> list[float]:
@@ -83,11 +88,12 @@ def delta_errors(fit: Fit, measured: Mapping) -> list[float]:
 
 def by_valleys(table: Table, rng: np.random.Generator, *, level: float) -> tuple[dict, dict]:
     """Approaches 1 and 2 by each curve, laws of learning rate and batch, and what is refused of them."""
-    jobs = {f"approach_1_{method}": (lambda method=method: valleys.envelope(table, rng, method=method))
+    ends, tuned = table.finals(), table.finals().tuned()
+    jobs = {f"approach_1_{method}": (lambda method=method: envelope.envelope(table, rng, method=method))
             for method in valleys.METHODS}
-    jobs |= {f"approach_2_{method}": (lambda method=method: valleys.isoflop(table.finals(), rng, method=method))
+    jobs |= {f"approach_2_{method}": (lambda method=method: valleys.isoflop(tuned, rng, method=method))
              for method in valleys.METHODS}
-    jobs |= {f"{dial}_along_{along}": (lambda dial=dial, along=along: valleys.dial(table.finals(), dial, along, rng))
+    jobs |= {f"{dial}_along_{along}": (lambda dial=dial, along=along: valleys.dial(ends, dial, along, rng))
              for dial in ("lr", "batch") for along in TWO}
     found, refused = {}, {}
     for name, job in jobs.items():
@@ -99,6 +105,7 @@ def by_valleys(table: Table, rng: np.random.Generator, *, level: float) -> tuple
             found[name] = {"factor": t.factor, "exponent": t.exponent, "interval": t.interval(level=level),
                            "stderr": float(np.std(t.draws[:, 1], ddof=1)), "method": t.method,
                            "valleys": [vars(v) for v in t.valleys], "warnings": list(t.refused)}
+            found[name] |= {"curves": t.curves} if t.curves else {}
     return found, refused
 
 

@@ -14,7 +14,6 @@ from lm_jax.scaling.table import Table
 
 NEAR = 0.1  # of log: rows this close to a slice belong to it
 SLICES = 6  # more curves in a panel are not told apart
-CURVE = 4  # rows of a run that are a training curve, not repeats of its end
 HELD_OUT = 0.2  # of the rows, those with the most compute
 
 
@@ -38,7 +37,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Subject:
-    """All rows and those that are ends of runs, every fit, the record of law.json, and the name of the law drawn."""
+    """All rows and those that laws are of, every fit, the record of law.json, and the name of the law drawn."""
 
     runs: Table
     ends: Table
@@ -66,7 +65,7 @@ def subject(runs: Table, fits: Mapping[str, Fit], record: dict, *, law: str = "c
     if law not in fits:
         able = [name for name in fits if allocates(fits[name])] or [name for name in fits if reaches(fits[name])]
         law = min(able or fits, key=lambda name: record["laws"][name]["aic"])
-    return Subject(runs, runs.finals(), dict(fits), record, law)
+    return Subject(runs, runs.finals().tuned(), dict(fits), record, law)
 
 
 def allocates(fit: Fit) -> bool:
@@ -130,16 +129,6 @@ def slices(fit: Fit, ends: Table, column: str) -> list[Slice]:
     groups = sorted((rows for rows in groups if len(rows) >= enough), key=lambda rows: tuple(logs[rows].mean(0)))
     chosen = np.unique(np.linspace(0, len(groups) - 1, min(SLICES, len(groups))).round().astype(int))
     return [_slice(fit, ends, column, others, groups[i]) for i in chosen]
-
-
-def training_curves(runs: Table) -> list[np.ndarray]:
-    """Row numbers of each run that has CURVE rows or more, in the order of its tokens."""
-    found = []
-    for run in np.unique(runs["run"]) if "run" in runs else ():
-        rows = np.flatnonzero(runs["run"] == run)
-        if len(np.unique(runs["D"][rows])) >= CURVE:
-            found.append(rows[np.argsort(runs["D"][rows], kind="stable")])
-    return found
 
 
 def hold_out(fit: Fit, ends: Table) -> tuple[Fit, np.ndarray]:

@@ -1,15 +1,10 @@
 """Runs as a table, from anybody's CSV or from runs.jsonl: N, D, C, loss, and how N and C were counted.
 
-A CSV names its columns; those that mean something here are KNOWN, under any of their names. A record of runs.jsonl may
-hold more than is read. Whatever is wrong is said with its line; nothing is left out in silence: `Table.notes` tells.
+What a column may be called is in `rows.KNOWN`. Nothing is left out in silence: `Table.notes` tells.
 """
 
-import csv
 import dataclasses
-import difflib
-import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,23 +12,9 @@ import numpy as np
 
 from lm_jax import disk
 from lm_jax.errors import ConfigError, DataError
-
-# What a column may be called. The first name is its own; N, D, U, C are the letters of the laws.
-KNOWN = {
-    "N": ("params", "parameters", "n", "n_params", "num_params", "model_size"),
-    "D": ("tokens", "d", "training_tokens", "n_tokens", "num_tokens"),
-    "C": ("flops", "c", "compute", "training_flops"),
-    "U": ("unique_tokens", "unique", "u"),
-    "loss": ("loss", "val_loss", "final_loss"),
-    "bits_per_byte": ("bits_per_byte", "val_bits_per_byte", "bpb"),
-    "epochs": ("epochs",), "lr": ("lr", "learning_rate"), "batch": ("batch", "batch_tokens"), "seed": ("seed",),
-    "run": ("run", "id", "name"), "status": ("status",), "excluded": ("excluded",), "flags": ("flags",),
-    "tokenizer": ("tokenizer",), "code_revision": ("code_revision",), "data_digest": ("data_digest",),
-    "params_convention": ("params_convention",), "flops_convention": ("flops_convention",),
-}
-NAMES = {alias: key for key, aliases in KNOWN.items() for alias in aliases}
-SPOILT = ("diverged", "under-cooled")  # flags of a run whose loss is not what its N and D can reach
-NUMBERS = ("N", "D", "C", "U", "loss", "bits_per_byte", "epochs", "lr", "batch")
+from lm_jax.scaling import curves, rows
+from lm_jax.scaling.curves import Curve
+from lm_jax.scaling.rows import KNOWN, NAMES, NUMBERS, Row, given, some
 
 
 @dataclass(frozen=True)
@@ -48,6 +29,7 @@ class Table:
     flops_convention: str = "6 N D"
     unit: str = "nats per token"
     notes: tuple[str, ...] = ()
+    recorded: tuple[Curve, ...] = ()  # training curves that are not rows
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.columns[name]
@@ -66,6 +48,11 @@ class Table:
     def conventions(self) -> str:
         return f"N {self.params_convention}; C {self.flops_convention}; loss in {self.unit}"
 
+    @property
+    def curves(self) -> tuple[Curve, ...]:
+        """Training curves: of its rows, or recorded by its runs."""
+        return curves.within(self.columns) or tuple(curve for curve in self.recorded if curve.run in self["run"])
+
     def take(self, rows, *notes: str) -> "Table":
         columns = {name: column[rows] for name, column in self.columns.items()}
         return dataclasses.replace(self, columns=columns, lines=self.lines[rows], notes=self.notes + notes)
@@ -79,10 +66,23 @@ class Table:
         left = len(self) - len(same)
         return self.take(same, f"{left} rows inside training curves are not end points") if left else self
 
+    def tuned(self) -> "Table":
+        """Of runs that differ in their learning rate or batch alone the lowest: what their N and D can reach."""
+        alike = [name for name in ("N", "D", "U", "seed") if name in self]
+        groups = {}
+        for i, key in enumerate(zip(*(self[name] for name in alike))):
+            groups.setdefault(key, []).append(i)
+        varies = lambda group: any(len(set(self[name][group])) > 1 for name in ("lr", "batch") if name in self)
+        best = lambda group: [min(group, key=lambda i: self.loss[i])] if varies(group) else group
+        kept = sorted(i for group in groups.values() for i in best(group))
+        lost = len(self) - len(kept)
+        return self.take(kept, f"{lost} rows are of learning rates or batches that another one beats at their N and D: "
+                         "laws are of the best") if lost else self
+
 
 def read(path, *, where: Mapping[str, str] | None = None, ignore: tuple[str, ...] = (), params: str = "total",
          loss: str = "loss") -> Table:
-    """The table in a CSV or JSON-lines file.
+    """The table in a CSV or JSON-lines file, with the training curves that are beside it.
 
     `where` {column: value} keeps the rows that have it, `ignore` names columns to pass over, `params` is the count to
     take where records have several, `loss` may be "bits_per_byte". Raises DataError with the line of what is damaged,
@@ -92,42 +92,53 @@ def read(path, *, where: Mapping[str, str] | None = None, ignore: tuple[str, ...
     where = {NAMES.get(name, name): value for name, value in (where or {}).items()}
     if not path.is_file():
         raise ConfigError(f"no table at {path}: pass a CSV with the columns params, tokens, loss, or a runs.jsonl")
-    rows = list(_records(path, params) if path.suffix in (".jsonl", ".json") else _csv(path, where, ignore))
-    if not rows:
+    found = rows.read(path, where=where, ignore=ignore, params=params)
+    if not found:
         raise DataError(f"{path} has no rows: nothing was run, or it was cut off")
-    kept = [(line, row) for line, row in rows if all(_same(row.get(k), v, k, path) for k, v in where.items())]
-    notes = [f"{len(kept)} of {len(rows)} rows have {', '.join(f'{k}={v}' for k, v in where.items())}"] if where else []
-    out = [(line, row) for line, row in kept if not _left_out(row)]
-    notes += [f"{len(kept) - len(out)} rows left out (excluded, flagged, or status not ok): lines "
-              + _some([line for line, row in kept if _left_out(row)])] if len(out) < len(kept) else []
+    for name in where:
+        if not any(name in row for _, row in found):
+            raise ConfigError(f"{path} has no column {name!r} to select by")
+    kept = [(line, row) for line, row in found if all(_same(row.get(name), value) for name, value in where.items())]
+    asked = ", ".join(f"{name}={value}" for name, value in where.items())
+    notes = [f"{len(kept)} of {len(found)} rows have {asked}"] if where else []
+    spoilt = {}
+    for line, row in kept:
+        spoilt.setdefault(rows.left_out(row), []).append(line)
+    notes += [f"{len(lines)} rows left out, {why}: lines {some(lines)}" for why, lines in spoilt.items() if why]
+    if path.suffix == ".csv" and not path.read_bytes().endswith((b"\n", b"\r")):
+        notes.append(f"no line break ends line {found[-1][0]}, the last: see that it is whole")
+    out = [(line, row) for line, row in kept if not rows.left_out(row)]
     if not out:
-        raise DataError(f"{path}: no row is left of {len(rows)}: {'; '.join(notes)}")
-    return from_rows(out, source=str(path), digest=disk.sha256(path), loss=loss, notes=tuple(notes), params=params)
+        raise DataError(f"{path}: no row is left of {len(found)}: {'; '.join(notes)}")
+    table = from_rows(out, source=str(path), digest=disk.sha256(path), loss=loss, notes=tuple(notes))
+    recorded, told = curves.beside(path.parent, table.columns, loss=loss)
+    return dataclasses.replace(table, recorded=recorded, notes=table.notes + tuple(told))
 
 
-def from_rows(rows: list[tuple[int, dict]], *, source: str = "a table", digest: str = "", loss: str = "loss",
-              notes: tuple[str, ...] = (), params: str = "") -> Table:
+def from_rows(pairs: list[Row], *, source: str = "a table", digest: str = "", loss: str = "loss",
+              notes: tuple[str, ...] = ()) -> Table:
     """A table of (line, row) pairs, whose keys are those of KNOWN."""
-    lines = np.array([line for line, _ in rows])
-    present = [name for name in KNOWN if any(_given(row.get(name)) for _, row in rows)]
+    lines = np.array([line for line, _ in pairs])
+    present = [name for name in KNOWN if any(given(row.get(name)) for _, row in pairs)]
     for name in ("N", "D", loss):
         if name not in present:
             raise ConfigError(f"{source} has no column for {name}: name it {' or '.join(KNOWN[name])}")
     columns = {}
     for name in present:
-        values = [row.get(name) for _, row in rows]
-        missing = [line for line, value in zip(lines, values) if not _given(value)]
-        if missing and name in ("N", "D"):
-            raise DataError(f"{source}: no {KNOWN[name][0]} on lines {_some(missing)}: fill it in or take the row out")
+        values = [row.get(name) for _, row in pairs]
+        missing = [line for line, value in zip(lines, values) if not given(value)]
+        if missing and name in NUMBERS and name not in ("loss", "bits_per_byte"):
+            raise DataError(f"{source}: no {KNOWN[name][0]} on lines {some(missing)}: fill it in or take the row out"
+                            + ("" if name in "ND" else f", or pass over the column with --ignore={KNOWN[name][0]}"))
         if name in NUMBERS:
-            columns[name] = np.array([_number(v, name, line, source) for v, line in zip(values, lines)])
+            columns[name] = np.array([rows.number(v, name, line, source) for v, line in zip(values, lines)])
         else:
-            columns[name] = np.array([str(v) if _given(v) else "" for v in values])
+            columns[name] = np.array([str(v) if given(v) else "" for v in values])
     columns["loss"] = columns[loss]
-    for name in ("N", "D", "C", "U"):
-        if name in columns and not (partial := np.isfinite(columns[name]) & (columns[name] > 0)).all():
-            raise DataError(f"{source}: {KNOWN[name][0]} is not a positive number on lines {_some(lines[~partial])}")
-    said = {row["params_convention"] for _, row in rows if row.get("params_convention")}
+    for name in columns.keys() & set(NUMBERS) - {"loss", "bits_per_byte"}:
+        if not (positive := np.isfinite(columns[name]) & (columns[name] > 0)).all():
+            raise DataError(f"{source}: {KNOWN[name][0]} is not a positive number on lines {some(lines[~positive])}")
+    said = {row["params_convention"] for _, row in pairs if row.get("params_convention")}
     unit = "bits per byte" if loss == "bits_per_byte" else "nats per token"
     table = Table(columns, lines, source, digest, unit=unit, notes=notes,
                   params_convention=said.pop() if len(said) == 1 else "as the table gives it")
@@ -156,85 +167,21 @@ def _computed(table: Table) -> Table:
 def _alone(table: Table) -> Table:
     """Without rows that say the same twice; DataError for two that disagree and nothing tells apart."""
     tells = [name for name in ("N", "D", "U", "seed", "run", "lr", "batch") if name in table]
-    seen, rows = {}, []
+    seen, kept = {}, []
     for i, key in enumerate(zip(*(table[name] for name in tells))):
         first = seen.setdefault(key, i)
         if first == i:
-            rows.append(i)
+            kept.append(i)
         elif table.loss[i] != table.loss[first] and not np.isnan(table.loss[[i, first]]).all():
             raise DataError(f"{table.source}: lines {table.lines[first]} and {table.lines[i]} are the same point "
                             f"({', '.join(tells)}) with losses {table.loss[first]:g} and {table.loss[i]:g}: give a "
                             "column seed or run if both are true, or take one out")
-    twice = len(table) - len(rows)
-    return table.take(rows, f"{twice} rows say what another said already") if twice else table
+    twice = len(table) - len(kept)
+    return table.take(kept, f"{twice} rows say what another said already") if twice else table
 
 
-def _csv(path: Path, where: Mapping, ignore: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        header = [name.strip() for name in next(reader, [])]
-        names = [NAMES.get(name.lower(), name) for name in header]
-        for name, key in zip(header, names):
-            if key not in KNOWN and name not in {*where, *ignore}:
-                near = difflib.get_close_matches(name.lower(), NAMES, n=1)
-                raise ConfigError(f"{path}: unknown column {name!r}" + (f", is it {near[0]!r}?" if near else "")
-                                  + f" Rename it, or pass --ignore={name} or --where={name}=VALUE")
-            if names.count(key) > 1:
-                raise ConfigError(f"{path}: {name!r} is a second column for {key}: take one of them out")
-        for row in reader:
-            if len(row) != len(header):
-                raise DataError(f"{path}, line {reader.line_num}: {len(row)} values for {len(header)} columns: the row "
-                                "is half-written; mend or delete it")
-            yield reader.line_num, dict(zip(names, (value.strip() for value in row)))
-
-
-def _records(path: Path, params: str) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number} is half-written or no JSON ({error}): delete the line, and the "
-                            "sweep that wrote it runs the point again") from error
-        if not isinstance(record, dict) or not record:
-            raise DataError(f"{path}, line {number} is no record of a run: it is {str(record)[:40]!r}; delete the line")
-        row = {NAMES[name]: value for name, value in record.items() if name in NAMES}
-        if isinstance(row.get("N"), dict):  # counts under several conventions
-            if params not in row["N"]:
-                raise ConfigError(f"{path}, line {number}: no count {params!r} of parameters, only "
-                                  f"{', '.join(row['N'])}: pass one of these as --params")
-            row |= {"N": row["N"][params], "params_convention": params}
-        yield number, row
-
-
-def _left_out(row: Mapping) -> bool:
-    spoilt = any(flag in str(row.get("flags")) for flag in SPOILT)
-    excluded = str(row.get("excluded") or "0").lower() in ("1", "1.0", "true", "yes")
-    return excluded or spoilt or (row.get("status") or "ok") != "ok"
-
-
-def _same(value, wanted: str, name: str, path) -> bool:
-    if value is None:
-        raise ConfigError(f"{path} has no column {name!r} to select by")
+def _same(value, wanted: str) -> bool:
     try:
-        return float(value) == float(wanted)
-    except ValueError:
-        return str(value) == wanted
-
-
-def _given(value) -> bool:
-    return value is not None and value != ""
-
-
-def _number(value, name: str, line: int, source: str) -> float:
-    """A number, NaN for nothing: whether that may be is for the fit to say."""
-    try:
-        return float(value) if _given(value) else math.nan
+        return value is not None and float(value) == float(wanted)
     except (TypeError, ValueError):
-        raise DataError(f"{source}, line {line}: {name} is {str(value)[:40]!r}, not a number") from None
-
-
-def _some(lines) -> str:
-    lines = list(map(str, lines))
-    return ", ".join(lines[:8]) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
+        return str(value) == wanted

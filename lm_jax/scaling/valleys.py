@@ -1,8 +1,8 @@
 """Where a loss is lowest along one dial, at several sizes of another, and the power law that joins these minima.
 
-IsoFLOP profiles (Hoffmann et al. 2022, approach 2) are this with N along C; envelopes of training curves (approach 1)
-too, cut at budgets; so are the best learning rate along N and the best batch along C. A parabola in the dial's log is
-the usual curve; since it is biased where a valley leans, a cubic and Akima's interpolation stand beside it.
+IsoFLOP profiles (Hoffmann et al. 2022, approach 2) are this with N along C; so are envelopes of training curves that
+are cut at budgets (`envelope`), the best learning rate along N and the best batch along D. A parabola in the dial's log
+is the usual curve; since it is biased where a valley leans, a cubic and Akima's interpolation stand beside it.
 """
 
 import math
@@ -18,19 +18,20 @@ from lm_jax.scaling.intervals import LEVEL, Interval
 from lm_jax.scaling.table import Table
 
 BUDGET = 0.1  # of log C: runs this close to the middle of a budget are of it
-WINDOW = 7  # sizes of an envelope's slice, around its lowest
 DRAWS = 200
 SHARED = 0.75  # power of 1 - leverage where profiles share noise: HC2 (0.5) holds the truth too seldom, HC3 too often
 
 
 @dataclass(frozen=True)
 class Valley:
-    """The minimum of one profile: at which budget, at which value of the dial, how low, of how many points."""
+    """The minimum of one profile: at which budget, at which value of the dial, how low, of how many points, and on
+    which lines of the table they are."""
 
     at: float
     best: float
     loss: float
     points: int
+    lines: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Trace:
     method: str
     freedom: int
     draws: np.ndarray
+    curves: str = ""  # of an envelope, what was cut
 
     def predict(self, at: float) -> float:
         return self.factor * at**self.exponent
@@ -58,45 +60,37 @@ class Trace:
 def isoflop(table: Table, rng: np.random.Generator, *, method: str = "parabola", draws: int = DRAWS) -> Trace:
     """Best N along C, of a table whose runs share budgets. Refused where fewer than two budgets have a valley."""
     table = fresh(table)
-    return trace(budgets(table["C"]), table["N"], table.loss, rng, method=method, draws=draws)
-
-
-def envelope(table: Table, rng: np.random.Generator, *, method: str = "parabola", budgets: int = 12,
-             draws: int = DRAWS) -> Trace:
-    """Best N along C, of training curves: rows of one `run` are points of a curve, cut at budgets in between.
-
-    The noise of a run is shared by all of its cuts, and is drawn so. Losses before the learning rate's decay are above
-    those of runs that ended there: approach 1 needs curves of runs with one schedule, and inherits that bias.
-    """
-    curves = _curves(table)
-    ends = np.array([[c.min(), c.max()] for _, c, _ in curves])
-    ats, sizes, losses, runs = [], [], [], []
-    for at in np.geomspace(np.sort(ends[:, 0])[2], np.sort(ends[:, 1])[-3], budgets):
-        cut = [(n, float(np.exp(np.interp(math.log(at), np.log(c), np.log(loss)))), run)
-               for run, (n, c, loss) in enumerate(curves) if c[0] <= at <= c[-1]]
-        cut.sort()
-        lowest = int(np.argmin([loss for _, loss, _ in cut])) if cut else 0
-        for n, loss, run in cut[max(0, lowest - WINDOW // 2):lowest + WINDOW // 2 + 1]:
-            ats, sizes, losses, runs = ats + [at], sizes + [n], losses + [loss], runs + [run]
-    return trace(np.array(ats), np.array(sizes), np.array(losses), rng, method=method, noise=np.array(runs),
-                 draws=draws)
+    return trace(budgets(table["C"]), table["N"], table.loss, rng, method=method, lines=table.lines, draws=draws)
 
 
 def dial(table: Table, vary: str, along: str, rng: np.random.Generator, *, method: str = "parabola",
          draws: int = DRAWS) -> Trace:
-    """Best learning rate or batch (`vary`) along N, D or C, of a table that has it as a column."""
+    """Best learning rate or batch (`vary`) along N or D, of a table that has it as a column.
+
+    A valley is of runs with one N and D, other dials at their best: rates that only follow the size have no valley.
+    """
     if vary not in table:
         raise Refused(f"{table.source} has no column {vary!r}: there is no law of it")
-    return trace(table[along], table[vary], table.loss, rng, method=method, draws=draws)
+    alike = [table[name] for name in ("N", "D", "U", "seed", vary) if name in table]
+    lowest = {key: i for i, key in sorted(enumerate(zip(*alike)), key=lambda pair: -table.loss[pair[0]])}
+    table = table.take(sorted(lowest.values()))
+    _, groups = np.unique(np.stack([table["N"], table["D"]]), axis=1, return_inverse=True)
+    return trace(table[along], table[vary], table.loss, rng, method=method, groups=groups.ravel(), lines=table.lines,
+                 draws=draws)
 
 
-def trace(at, x, loss, rng: np.random.Generator, *, method: str = "parabola", noise=None, draws: int = DRAWS) -> Trace:
-    """Minima over x at each value of `at`, joined by a power law; `noise` names the rows that share their noise.
+def trace(at, x, loss, rng: np.random.Generator, *, method: str = "parabola", groups=None, noise=None, lines=None,
+          draws: int = DRAWS) -> Trace:
+    """Minima over x at each value of `at`, joined by a power law.
+
+    `groups` names the rows that are one profile, if not those of one `at`; `noise` those that share their noise;
+    `lines` are theirs in a table.
 
     Draws flip the signs of residuals (wild bootstrap, a sign for each name), which are first made as large as the
     noise, of which a parabola takes a part, and the more where neighbouring profiles share it.
     """
-    profiles = [np.flatnonzero(at == value) for value in np.unique(at)]
+    groups = at if groups is None else groups
+    profiles = [np.flatnonzero(groups == value) for value in np.unique(groups)]
     noise = np.arange(len(x)) if noise is None else noise
     kept, valleys, refused = [], [], []
     for rows in profiles:
@@ -106,10 +100,11 @@ def trace(at, x, loss, rng: np.random.Generator, *, method: str = "parabola", no
             refused.append(f"at {at[rows[0]]:.3g}: {reason}")
         else:
             kept.append(rows)
-            valleys.append(Valley(float(at[rows[0]]), best, low, len(rows)))
-    if len(valleys) < 2:
-        raise Refused(f"{len(valleys)} of {len(profiles)} profiles have a minimum inside them, two or more are needed "
-                      f"for a power law: {'; '.join(refused[:3])}")
+            numbers = () if lines is None else tuple(int(line) for line in lines[rows])
+            valleys.append(Valley(float(at[rows[0]]), best, low, len(rows), numbers))
+    if len({valley.at for valley in valleys}) < 2:
+        raise Refused(f"{len(valleys)} of {len(profiles)} profiles have a minimum inside them, and a power law takes "
+                      f"two at different places: {'; '.join(refused[:3])}")
     slope = lambda bests: np.polynomial.polynomial.polyfit(np.log([v.at for v in valleys]), np.log(bests), 1)
     level, exponent = slope([v.best for v in valleys])
     used = np.concatenate(kept)
@@ -212,16 +207,3 @@ def _parabola_residuals(x, loss, *, power: float):
     matrix = np.vander(np.log(x) - np.log(x).mean(), 3)
     hat = matrix @ np.linalg.pinv(matrix)
     return hat @ loss, (loss - hat @ loss) / np.maximum(1 - np.diag(hat), 0.1) ** power
-
-
-def _curves(table: Table) -> list[tuple]:
-    """(N, C along it, loss along it) of runs with 4 rows or more, C rising."""
-    curves = []
-    for run in np.unique(table["run"]) if "run" in table else ():
-        rows = np.flatnonzero(table["run"] == run)
-        rows = rows[np.argsort(table["C"][rows])]
-        if len(rows) >= 4:
-            curves.append((float(table["N"][rows[0]]), table["C"][rows], table.loss[rows]))
-    if len(curves) < 5:
-        raise Refused(f"{len(curves)} training curves: an envelope takes 5 sizes or more, each a run of 4 rows or more")
-    return curves
