@@ -3,8 +3,8 @@
     python -m lm_jax.together --config=configs/sweeps/tiny.py --out=sweeps/tiny --points=0123456789ab,ba9876543210
 
 Points that differ in length alone share a trunk: the shortest is trained first, and each longer one begins as the one
-before it was when its cool-down began. Points that differ in seed, learning rate, weight decay or initial weights are
-trained as one program, on one device. `python -m lm_jax.sweep` starts this; what has a result is left as it is. Exit
+before it was when its cool-down began. Small points that differ in seed, learning rate, weight decay or initial
+weights are trained as one program, on one device. `python -m lm_jax.sweep` starts this; what has a result is left as it is. Exit
 codes as of lm_jax.train, 78 if any diverged.
 """
 
@@ -19,7 +19,7 @@ from lm_jax.checkpoint import Checkpoints
 from lm_jax.errors import ConfigError
 from lm_jax.launchers.job import outcome
 from lm_jax.recipes import run
-from lm_jax.scaling import sweep, together
+from lm_jax.scaling import ladder, sweep, together
 from lm_jax.workdir import Workdir
 
 EXIT = {"ok": 0, "stopped": 75, "diverged": 78}
@@ -34,9 +34,10 @@ def main(argv):
     for steps in sorted({point.config.train.steps for point in points}):
         todo = [point for point in points if point.config.train.steps == steps
                 and not outcome(out / "points" / point.id / "summary.json")]
-        alone = len(todo) == 1 or jax.device_count() > 1
-        for batch in [[point] for point in todo] if alone else [todo]:
-            statuses |= trained(batch, out, mesh)
+        small = all(ladder.counts(point.planned)["total"] <= sweep.STACKED for point in todo)
+        stack = small and jax.device_count() == 1  # also of one: its lengths are one program, which makes many steps
+        for batch in ([todo] if todo else []) if stack else [[point] for point in todo]:
+            statuses |= trained(batch, out, mesh, stack=stack)
         if "stopped" in statuses:
             break
     status = next((status for status in ("stopped", "diverged") if status in statuses), "ok")
@@ -44,8 +45,8 @@ def main(argv):
     return EXIT[status]
 
 
-def trained(points, out: Path, mesh: dict) -> set[str]:
-    """Train points of one length; how they ended."""
+def trained(points, out: Path, mesh: dict, *, stack: bool) -> set[str]:
+    """Train points of one length, in a stack or a single one on the mesh; how they ended."""
     members = []
     for point in points:
         workdir = Workdir(out / "points" / point.id, writes=jax.process_index() == 0)
@@ -53,7 +54,7 @@ def trained(points, out: Path, mesh: dict) -> set[str]:
         if members and recipe.store.digest == members[0].recipe.store.digest:
             recipe = replace(recipe, store=members[0].recipe.store)
         members.append(together.Member(recipe, workdir, beginning(point, out)))
-    if len(members) > 1:
+    if stack:
         summaries = together.train(members, mesh)
     else:
         summaries = [run.train(one.recipe, one.workdir, mesh, start=one.start)[0] for one in members]
