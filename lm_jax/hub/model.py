@@ -1,0 +1,194 @@
+"""Models out of folders and into them, and the plain way to look at one."""
+
+import contextlib
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lm_jax import parallel
+from lm_jax.batch import Batch
+from lm_jax.config import TransformerConfig
+from lm_jax.errors import ConfigError, DataError
+from lm_jax.hub import families, folder, stream, tensors
+from lm_jax.hub.families import Family
+from lm_jax.hub.places import places
+from lm_jax.hub.settled import settled
+from lm_jax.models.transformer import Transformer
+
+
+def load(path, *, weights: str | None = None, say=print, **settings) -> Transformer:
+    """The model of a folder as transformers saves it, or of a name in the local hub, on the mesh in use.
+
+    It computes in the type of its weights (float16 in float32), unless `dtype` is among the `settings`, which may be
+    any fields of its config that change how it computes and not what. `weights` is the type that weights are kept in:
+    None keeps each one's own, "float32" is what training wants. The model remembers the folder as its `origin`.
+    Raises ConfigError or DataError where the folder is not one model, whole.
+    """
+    where = Path(path)
+    hf, found = folder.config(where), folder.read(where)
+    family = families.of_type(hf.get("model_type"))
+    cfg = replace(family.read(hf, set(found)), dtype=_computes(found))
+    cfg = replace(cfg, **settings)
+    wanted = places(cfg, family, _prefix(family, cfg, found))
+    _check_tensors(where, {place.name: place.shape for each in wanted.values() for place in each}, found)
+    _check_rest(where, hf, family, cfg, wanted, found, say)
+    _check_tokenizer(where, cfg)
+    graph, state = nnx.split(jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
+    dtype = np.dtype(weights) if weights else None
+    filled = {way: leaf.replace(stream.parameter(leaf.get_value(), wanted[way], found, dtype))
+              for way, leaf in nnx.to_flat_state(state)}
+    model = nnx.merge(graph, nnx.from_flat_state(filled))
+    model.origin = str(where.resolve())
+    return model
+
+
+def save(model: Transformer, path, *, like=None, shard: int = folder.SHARD):
+    """Write a model as a folder that transformers and `load` read, each weight in the type that it has.
+
+    `like` is a folder of the same model (default: the one it was loaded from; "" for none): its tokenizer is copied,
+    and its config.json where that says what the model is. Else the family is the first that can say all of the model's
+    settings; ConfigError says what none can. Files hold at most `shard` bytes.
+    """
+    cfg, target = model.cfg, Path(path)
+    like = getattr(model, "origin", "") if like is None else like
+    params = {way: leaf.get_value() for way, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    family, hf = _said(cfg, like)
+    writer = stream.Writer(params, places(cfg, family, _own_prefix(family, cfg)))
+    kept = params["embed", "table"].dtype.name
+    hf |= {key: kept for key in ("dtype", "torch_dtype") if key in hf or not like}
+    if jax.process_index() == 0:
+        folder.write(target, hf, writer.entries(), writer.tensor, shard=shard)
+        if like:
+            folder.copy(Path(like), target)
+    else:  # what is spread over processes is brought together by all of them
+        for name in tensors.ordered(writer.entries()):
+            writer.tensor(name)
+
+
+def logits(model: Transformer, tokens, decoder_tokens=None) -> np.ndarray:
+    """What a model's head gives for rows of ids, in float32: [B, T, V] over its vocabulary, [B, T, C] over the labels
+    of tokens, [B, C] over those of rows; [B, T, D] of a model without a head.
+
+    Rows may differ in length: what stands past the end of one means nothing. An encoder reads `tokens` and its decoder
+    `decoder_tokens`, by default the one token 0 with which T5 begins. Products of float32 are whole ones on any device.
+    """
+    rows = batch(model.cfg, tokens)
+    if model.cfg.encoder_depth:
+        starts = [[0]] * len(rows["tokens"]) if decoder_tokens is None else decoder_tokens
+        rows = batch(model.cfg, starts) | {"source": rows}
+    elif decoder_tokens is not None:
+        raise ConfigError("decoder_tokens are of a model with an encoder and a decoder: pass all as tokens")
+    with jax.default_matmul_precision("highest"):
+        scores = np.asarray(_forward(model, rows), np.float32)
+    return scores[:, 0] if model.cfg.head == "classes" else scores
+
+
+def batch(cfg: TransformerConfig, tokens, types=None) -> Batch:
+    """A batch of rows of ids (and of token types, where the model has them), padded at their ends."""
+    rows = [np.asarray(row, np.int64).reshape(-1) for row in tokens]
+    lengths = [len(row) for row in rows]
+    if not rows or not min(lengths):
+        raise ConfigError("a row without tokens: each needs one at least")
+    if cfg.positions == "learned" and max(lengths) > cfg.max_length:
+        raise ConfigError(f"a row of {max(lengths)} tokens: this model has learned {cfg.max_length} positions: cut it")
+    for row in rows:
+        if row.min() < 0 or row.max() >= cfg.vocab:
+            wrong = next(i for i in row if not 0 <= i < cfg.vocab)
+            raise ConfigError(f"token {wrong} is none of this model's {cfg.vocab}: is the tokenizer another model's?")
+    padded = lambda rows: np.stack([np.pad(row, (0, max(lengths) - len(row))) for row in rows]).astype(np.int32)
+    made = {"tokens": padded(rows), "positions": padded(map(np.arange, lengths)),
+            "segments": padded([np.ones(n, int) for n in lengths])}
+    if cfg.types:
+        made["types"] = padded([np.zeros(n, int) for n in lengths] if types is None else map(np.asarray, types))
+    return made
+
+
+@jax.jit
+def _forward(model, rows):
+    return model(jax.tree.map(lambda a_BT: parallel.constrain(a_BT, "BT"), rows))
+
+
+def _said(cfg, like) -> tuple[Family, dict]:
+    """The family of a model and its config.json."""
+    if like:
+        if not Path(like).is_dir():
+            raise ConfigError(f"{like}, which the model was loaded from, is gone: pass like= a folder with its "
+                              "tokenizer, or like='' to write none")
+        hf = folder.config(Path(like))
+        family = families.of_type(hf.get("model_type"))
+        hf.pop("quantization_config", None)  # numbers of 8 bits were read as what they stand for
+        with contextlib.suppress(ConfigError):  # of a family that has other names or settings than the model has by now
+            if settled(family.read(hf, _names(cfg, family))) == settled(cfg):
+                return family, hf
+    family = families.of_model(cfg, partial(_names, cfg))
+    return family, family.write(cfg)
+
+
+def _names(cfg, family) -> set[str]:
+    """What a family would call a model's tensors."""
+    return {place.name for each in places(cfg, family, _own_prefix(family, cfg)).values() for place in each}
+
+
+def _own_prefix(family, cfg) -> str:
+    """What names of a body begin with; those of a model without a head with nothing."""
+    return "" if cfg.head == "none" else family.prefixes.get(cfg.head, family.prefix)
+
+
+def _prefix(family, cfg, found) -> str:
+    """What names of the body begin with in a file, which may be of a class with another prefix."""
+    embed = family.body(cfg)["embed"] + ".weight"
+    own = _own_prefix(family, cfg)
+    likely = (own, family.prefix, "", *family.prefixes.values())
+    return next((prefix for prefix in likely if prefix + embed in found), own)
+
+
+def _computes(found) -> str:
+    """The type to compute in: bfloat16 where most of the weights are, else float32."""
+    sizes = {}
+    for tensor in found.values():
+        sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + int(np.prod(tensor.shape))
+    return "bfloat16" if sizes and max(sizes, key=sizes.get) == "bfloat16" else "float32"
+
+
+def _check_tensors(where, wanted, found):
+    """Refuse a folder that lacks a tensor, or has one of another shape."""
+    if missing := sorted(wanted.keys() - found.keys()):
+        near = sorted(found.keys() - wanted.keys())
+        raise DataError(f"{where} lacks {len(missing)} of the model's {len(wanted)} tensors, such as {missing[0]!r} of "
+                        f"{list(wanted[missing[0]])}" + (f"; it has {near[0]!r}" if near else "") +
+                        ": is config.json another model's?")
+    wrong = [f"{name}: {list(shape)} expected, {list(found[name].shape)} found"
+             for name, shape in sorted(wanted.items()) if found[name].shape != shape]
+    if wrong:
+        more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
+        raise DataError(f"{where} has tensors of other shapes than its config.json says:\n  " +
+                        "\n  ".join(wrong[:5] + more))
+
+
+def _check_rest(where, hf, family, cfg, wanted, found, say):
+    """Refuse tensors that nobody knows; those of heads that this model lacks are left out, and it is said so."""
+    known = {place.name for each in wanted.values() for place in each}
+    rest = {name for name in found.keys() - known if not any(re.search(each, name) for each in family.passed_over)}
+    others = tuple(f"{name}." for name in [*family.heads.values(), *family.labels.values()])
+    body = _prefix(family, cfg, found)
+    others += tuple(body + name + "." for name in family.body(cfg).values() if "{" not in name)
+    layers = range(cfg.depth, cfg.depth + (hf.get("num_nextn_predict_layers") or 0))  # they predict tokens further on
+    others += tuple(f"{body}layers.{i}." for i in layers)
+    if unknown := sorted(name for name in rest if not name.startswith(others)):
+        raise DataError(f"{where} has {len(unknown)} tensors that a {hf['model_type']} of {cfg.depth} layers has not, "
+                        f"such as {unknown[0]!r} of {list(found[unknown[0]].shape)}: is config.json another model's?")
+    if rest:
+        say(f"{where}: {len(rest)} tensors that {family.classes[cfg.head]} has no use for are left out, such as "
+            f"{min(rest)}")
+
+
+def _check_tokenizer(where, cfg):
+    """Refuse a tokenizer that gives ids for which there are no embeddings."""
+    if (ids := folder.tokens(where)) > cfg.vocab:
+        raise ConfigError(f"{where}: its tokenizer has {ids} ids and the model {cfg.vocab}: one of them is another "
+                          "model's")
