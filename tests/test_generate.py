@@ -97,7 +97,8 @@ def test_a_mesh_generates_the_same_tokens(rng):
     expected = generate(model, batch, DRAWN, length=6, key=keys_B)
     with jax.set_mesh(parallel.make_mesh(config.MeshConfig(fsdp=2, sequence=2, model=2))):
         made = generate(on_mesh(model), hosts.put_batch(batch), DRAWN, length=6, key=keys_B)
-    jax.tree.map(np.testing.assert_array_equal, made, expected)
+    jax.tree.map(np.testing.assert_array_equal, made[:2], expected[:2])
+    np.testing.assert_allclose(made.logprobs_BT, expected.logprobs_BT, atol=1e-5)
 
 
 LOGITS = np.array([1.0, 0.5, 0.0, 2.0, -1.0, 0.5, 1.5, 3.0])

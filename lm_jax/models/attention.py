@@ -99,10 +99,18 @@ def attention_scale(cfg: TransformerConfig) -> float:
 
 def written(kept, layer, row, at):
     """A cache's arrays [L, B, K, S, H] with a row's, [B, T, K, H], written in place at `at`; and those of `layer` as
-    [B, S, K, H], which is how kernels read them and no copy: heads before slots is what their products want."""
-    put = lambda old, new: jax.lax.dynamic_update_slice(old, shelved(new).astype(old.dtype)[None], (layer, 0, 0, at, 0))
-    kept = tuple(map(put, kept, row))
-    return kept, tuple(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).swapaxes(1, 2) for a in kept)
+    [B, S, K, H], which is how kernels read them and no copy: heads before slots is what their products want.
+
+    Without a `layer`, arrays are one's own, [B, K, S, H].
+    """
+    row = [shelved(new).astype(old.dtype) for old, new in zip(kept, row)]
+    if layer is None:
+        kept = here = tuple(jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=2) for old, new in zip(kept, row))
+    else:
+        place = layer, 0, 0, at, 0
+        kept = tuple(jax.lax.dynamic_update_slice(old, new[None], place) for old, new in zip(kept, row))
+        here = tuple(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in kept)
+    return kept, tuple(a.swapaxes(1, 2) for a in here)
 
 
 def shelved(x_BTKH):

@@ -6,6 +6,7 @@ from itertools import groupby
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lm_jax import parallel
@@ -125,16 +126,13 @@ class Stack(nnx.Module):
             return (x_BTD, kept), router
 
         sliding = self.sliding()
-        scanned = (None if all(sliding) else jnp.asarray(sliding),
+        scanned = (None if all(sliding) else np.array(sliding),
                    None if key is None else jax.random.split(key, self.depth))
         every, routers = [], []
         for run, (blocks, layers) in enumerate(self.runs()):
-            index = cache and jnp.arange(layers.stop - layers.start)
-            part = (index, blocks, cache and cache.memory and cache.memory[run],
-                    *jax.tree.map(partial(_cut, part=layers), scanned))
             start = x_BTD, cache and cache.kept[run]
-            # a scanned body trains at half the speed of an unrolled one on CPU
-            (x_BTD, kept), router_L = jax.lax.scan(REMAT[cfg.remat](layer), start, part, unroll=parallel.on_cpu())
+            part = blocks, cache and cache.memory and cache.memory[run], *jax.tree.map(lambda a: a[layers], scanned)
+            (x_BTD, kept), router_L = self._walk(REMAT[cfg.remat](layer), start, layers, part)
             every, routers = every + [kept], routers + [router_L] * bool(router_L)
         router_L = _joined(routers) if routers else {}
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
@@ -147,9 +145,10 @@ class Stack(nnx.Module):
         return [letter == "S" for letter in repeated(self.cfg.window_pattern, self.depth)]
 
     def runs(self):
-        """Runs of layers that one scan walks: their stacked blocks, and which layers those are."""
+        """Runs of layers that one scan walks: their stacked blocks and which layers those are;
+        or, of layers taken apart, a block and its layer."""
         if self.apart is not None:
-            yield from ((blocks, slice(i, i + 1)) for i, blocks in enumerate(self.apart))
+            yield from ((block, i) for i, block in enumerate(self.apart))
             return
         at = {"D": 0, "E": 0}
         for letter, run in groupby(self.layers):
@@ -161,21 +160,35 @@ class Stack(nnx.Module):
 
     def empty(self, rows: int, slots: int):
         """`Cache.kept` of empty slots."""
-        array = lambda layers, heads, size: parallel.constrain(
-            jnp.zeros((layers.stop - layers.start, rows, heads, slots, size), self.cfg.dtype), "LBKSH")
+
+        def array(layers, heads, size):
+            shape = rows, heads, slots, size
+            shape = shape if isinstance(layers, int) else (_count(layers), *shape)
+            return parallel.constrain(jnp.zeros(shape, self.cfg.dtype), "LBKSH"[-len(shape):])
+
         kinds = attention(self.cfg).kept(self.cfg)
         return tuple(tuple(array(layers, *each) for each in kinds) for _, layers in self.runs())
 
     def remembered(self, memory):
         """`Cache.memory` of an encoder's output."""
         over = lambda block: tuple(map(shelved, block.cross.project(memory)))
-        return tuple(jax.lax.map(over, blocks) for blocks, _ in self.runs())
+        return tuple(over(blocks) if isinstance(layers, int) else jax.lax.map(over, blocks)
+                     for blocks, layers in self.runs())
 
     def take_apart(self):
-        """Make each layer a run of its own."""
-        each = (jax.tree.map(lambda w, i=i: w[i:i + 1], blocks)
-                for blocks, layers in self.runs() for i in range(layers.stop - layers.start))
+        """Give each layer a block of its own."""
+        each = (block if isinstance(layers, int) else jax.tree.map(lambda w, i=i: w[i], block)
+                for block, layers in self.runs() for i in ([0] if isinstance(layers, int) else range(_count(layers))))
         self.apart, self.blocks, self.dense = nnx.List(each), None, None
+
+    @staticmethod
+    def _walk(layer, carry, layers, part):
+        """The carry through a run of layers, and what each gives besides."""
+        if isinstance(layers, int):
+            carry, more = layer(carry, (None, *part))
+            return carry, jax.tree.map(lambda a: a[None], more)
+        # a scanned body trains at half the speed of an unrolled one on CPU
+        return jax.lax.scan(layer, carry, (jnp.arange(_count(layers)), *part), unroll=parallel.on_cpu())
 
     @staticmethod
     def _made(cfg, depth, cross, rngs):
@@ -219,6 +232,10 @@ def _written(cache: Cache, layout: Layout) -> Layout:
 def _cut(a_L, part: slice):
     """Layers of what is stacked; of all of them, the array itself."""
     return a_L if (part.start, part.stop) == (0, a_L.shape[0]) else a_L[part]
+
+
+def _count(layers: slice) -> int:
+    return layers.stop - layers.start
 
 
 def _joined(parts: list):
