@@ -19,6 +19,7 @@ import numpy as np
 
 from lm_jax import optim, signals, trainer
 from lm_jax.config import Config
+from lm_jax.data.loader import Loader
 from lm_jax.models import transformer
 from lm_jax.models.layers import kinds
 from lm_jax.recipes import pretrain, run
@@ -58,17 +59,17 @@ def train(members: Sequence[Member], mesh: dict) -> list[dict]:
             run.manifest(member.recipe, member.workdir, mesh)
         statuses = {}
         for done in sorted({one.done for one in runs}):  # where a kill left some a save behind the others
-            together = [one for one in runs if one.done == done]
-            statuses |= dict(zip(map(id, together), Stack(together).fit()))
+            level = [(one, member.recipe.loader) for member, one in zip(members, runs) if one.done == done]
+            statuses |= dict(zip((id(one) for one, _ in level), Stack(*zip(*level)).fit()))
         return [run.ended(member.recipe, one, statuses[id(one)], evaluation, begun)
                 for member, one in zip(members, runs)]
 
 
 class Stack:
-    """Trainers of equal configs but for `VARIED`, all after the same step, as one state."""
+    """Trainers of equal configs but for `VARIED`, all after the same step, as one state; and the loader of each."""
 
-    def __init__(self, runs: Sequence[Trainer]):
-        self.runs, self.done, self.last = runs, runs[0].done, runs[0].config.train.steps
+    def __init__(self, runs: Sequence[Trainer], loaders: Sequence[Loader]):
+        self.runs, self.loaders, self.done, self.last = runs, loaders, runs[0].done, runs[0].config.train.steps
         self.alive = set(range(len(runs)))
         leaves, self.structures = zip(*(jax.tree.flatten(one.state) for one in runs))  # which know each its init_std
         self.states = jax.tree.unflatten(self.structures[0], map(jnp.stack, zip(*leaves)))
@@ -82,10 +83,9 @@ class Stack:
     def fit(self) -> list[str]:
         """Train; of each run "ok", "stopped" or "diverged", as `Trainer.fit`; saved."""
         self._clock = time.perf_counter()
-        with signals.caught() as stop, contextlib.ExitStack() as stack:
-            streams = [stack.enter_context(one.recipe.batches(self.done)) for one in self.runs]
+        with signals.caught() as stop:
             while self.done < self.last and self.alive and not stop:
-                self._step(streams)
+                self._step()
         self._read()
         self._share()
         for one in self.runs:
@@ -95,13 +95,14 @@ class Stack:
         over = "ok" if self.done == self.last else "stopped"
         return [over if r in self.alive else "diverged" for r in range(len(self.runs))]
 
-    def _step(self, streams):
+    def _step(self):
         """Send as many steps as there are before anything is due, and read what was sent before."""
         due = lambda step: [hook for hook in self.runs[0].hooks if hook.due(step, self.last)]
         ends = range(self.done + 1, self.done + STEPS + 1)
         count = next((end for end in ends if due(end)), ends[-1]) - self.done
         begun = time.perf_counter()
-        batches = _stacked([[next(stream) for _ in range(count)] for stream in streams])
+        batches = _stacked([loader.rows(np.arange(self.done * loader.batch_size, (self.done + count) * loader.batch_size))
+                            for loader in self.loaders], count)
         waited = time.perf_counter() - begun
         self.states, metrics = self.advance(self.states, batches, self.keys, self.rates, self.last, count)
         self._read()
@@ -137,9 +138,8 @@ class Stack:
 
     def _share(self):
         """Give each run its own state."""
-        leaves = jax.tree.leaves(self.states)
-        for r, one in enumerate(self.runs):
-            one.state = jax.tree.unflatten(self.structures[r], [leaf[r] for leaf in leaves])
+        for one, structure, leaves in zip(self.runs, self.structures, _apart(jax.tree.leaves(self.states))):
+            one.state = jax.tree.unflatten(structure, leaves)
 
 
 @functools.cache
@@ -172,13 +172,19 @@ def program(c: Config):
     return jax.jit(advance, donate_argnums=0)
 
 
-def _stacked(batches: list[list]):
-    """Batches of each run and step as arrays [STEPS, R, ...], filled up with zeros."""
+@jax.jit
+def _apart(leaves: list) -> list[list]:
+    """The leaves of each run."""
+    return [[leaf[r] for leaf in leaves] for r in range(len(leaves[0]))]
+
+
+def _stacked(rows: list[dict], count: int):
+    """So many steps' rows of each run as batches [STEPS, R, B, ...], filled up with zeros."""
 
     def whole(*leaves):
-        rows = np.zeros((STEPS, len(batches), *leaves[0].shape), leaves[0].dtype)
-        for place, leaf in enumerate(leaves):
-            rows[place % len(batches[0]), place // len(batches[0])] = leaf
-        return rows
+        batches = np.zeros((STEPS, len(leaves), len(leaves[0]) // count, *leaves[0].shape[1:]), leaves[0].dtype)
+        for r, leaf in enumerate(leaves):
+            batches[:count, r] = leaf.reshape(count, *batches.shape[2:])
+        return batches
 
-    return jax.tree.map(whole, *(batch for run in batches for batch in run))
+    return jax.tree.map(whole, *rows)
