@@ -4,8 +4,8 @@
 
 Points that differ in length alone share a trunk: the shortest is trained first, and each longer one begins as the one
 before it was when its cool-down began. Small points that differ in seed, learning rate, weight decay or initial
-weights are trained as one program, on one device. `python -m lm_jax.sweep` starts this; what has a result is left as it is. Exit
-codes as of lm_jax.train, 78 if any diverged.
+weights are trained as one program, on one device. `python -m lm_jax.sweep` starts this; what has a result is left as it
+is. Exit codes as of lm_jax.train, 78 if any diverged.
 """
 
 from dataclasses import replace
@@ -31,18 +31,24 @@ def main(argv):
     hosts.start(values.coordinator, values.processes, values.process)
     points = asked(sweep.points(config_flags.get_config_filename(values["config"]), values.config), values)
     mesh, out, statuses = parallel.use(c.mesh), Path(values.out), set()
-    for steps in sorted({point.config.train.steps for point in points}):
-        todo = [point for point in points if point.config.train.steps == steps
-                and not outcome(out / "points" / point.id / "summary.json")]
-        small = all(ladder.counts(point.planned)["total"] <= sweep.STACKED for point in todo)
-        stack = small and jax.device_count() == 1  # also of one: its lengths are one program, which makes many steps
-        for batch in ([todo] if todo else []) if stack else [[point] for point in todo]:
-            statuses |= trained(batch, out, mesh, stack=stack)
+    for batch, stack in batches(points, out):
+        statuses |= trained(batch, out, mesh, stack=stack)
         if "stopped" in statuses:
             break
     status = next((status for status in ("stopped", "diverged") if status in statuses), "ok")
     hosts.exchange("end", status)
     return EXIT[status]
+
+
+def batches(points, out: Path):
+    """What is trained at once, shorter points before the longer ones that begin as they do; and whether as a stack."""
+    for group in sweep.groups(points, sweep.STACKED):
+        small = ladder.counts(group[0].planned)["total"] <= sweep.STACKED
+        stack = small and jax.device_count() == 1  # also of one: its lengths are one program, which makes many steps
+        for steps in sorted({point.config.train.steps for point in group}):
+            todo = [point for point in group if point.config.train.steps == steps
+                    and not outcome(out / "points" / point.id / "summary.json")]
+            yield from ([(todo, True)] if todo else []) if stack else [([point], False) for point in todo]
 
 
 def trained(points, out: Path, mesh: dict, *, stack: bool) -> set[str]:

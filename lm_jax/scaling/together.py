@@ -101,8 +101,9 @@ class Stack:
         ends = range(self.done + 1, self.done + STEPS + 1)
         count = next((end for end in ends if due(end)), ends[-1]) - self.done
         begun = time.perf_counter()
-        batches = _stacked([loader.rows(np.arange(self.done * loader.batch_size, (self.done + count) * loader.batch_size))
-                            for loader in self.loaders], count)
+        size = self.loaders[0].batch_size
+        rows = np.arange(self.done * size, (self.done + count) * size)
+        batches = _stacked([loader.rows(rows) for loader in self.loaders], count)
         waited = time.perf_counter() - begun
         self.states, metrics = self.advance(self.states, batches, self.keys, self.rates, self.last, count)
         self._read()
