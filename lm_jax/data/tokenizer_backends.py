@@ -33,8 +33,8 @@ class Vocabulary:
 
     suffix: str  # of the file
 
-    def __init__(self, file: bytes, table: list[bytes | None], find):
-        """`table`: None for a special; `find(name)` is its id or None. Those absent get new ids behind the file's.
+    def __init__(self, file: bytes, table: list[bytes | None], specials: dict[str, int]):
+        """`table`: None for a special; `specials` are those of the file. Those absent get new ids behind the file's.
 
         Sentinels come first and in falling order, which is where T5 keeps them behind its 32000 pieces.
         """
@@ -42,14 +42,14 @@ class Vocabulary:
         for name in (*reversed(SENTINELS), *NAMES):
             if name in ids or name == "<unk>":
                 continue
-            found = [i for i in map(find, OTHER_NAMES.get(name, (name,))) if i is not None]
+            found = [i for i in map(specials.get, OTHER_NAMES.get(name, (name,))) if i is not None]
             ids[name] = found[0] if found else end
             end += not found
         self.pad, self.bos, self.eos, self.mask = (ids[name] for name in ("<pad>", "<bos>", "<eos>", "<mask>"))
         self.modes = tuple(ids[name] for name in ("<R>", "<X>", "<S>"))
         self.chat = {role: ids[f"<{role}>"] for role in ROLES}
         self.sentinels = tuple(ids[name] for name in SENTINELS)
-        self.vocab = end
+        self.specials, self.vocab = specials | ids, end
         for i in ids.values():
             table[i:i + 1] = [None]  # in place, or one more at the end
         self.word_starts = np.array([piece is None or _starts_word(piece) for piece in table])
@@ -81,7 +81,7 @@ class Bytes(Vocabulary):
     def __init__(self, file: bytes = b""):
         self._first = len(NAMES)
         table = [None] * self._first + [bytes([i]) for i in range(256)]
-        super().__init__(file, table + [None] * (384 - len(table)), dict(zip(NAMES, range(len(NAMES)))).get)
+        super().__init__(file, table + [None] * (384 - len(table)), dict(zip(NAMES, range(len(NAMES)))))
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + self._first for text in texts]
@@ -100,7 +100,7 @@ class Pieces(Vocabulary):
         except RuntimeError as error:
             raise ConfigError(f"data.tokenizer is no SentencePiece model: {error}") from error
         controls = {model.id_to_piece(i): i for i in range(len(model)) if model.is_control(i)}  # no text becomes these
-        super().__init__(file, [self._bytes(i) for i in range(len(model))], controls.get)
+        super().__init__(file, [self._bytes(i) for i in range(len(model))], controls)
         self._prefix = model.encode("a", out_type=str)[0].startswith(BLANK)  # it puts a space before every text
         escape = [model.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
         self._escape = None if self._prefix or not all(map(model.is_byte, escape)) else np.array(escape, np.int32)
@@ -152,7 +152,7 @@ class HuggingFace(Vocabulary):
         for piece, i in model.get_vocab().items():
             table[i] = None if piece in specials else piece.encode() if i in added else spell(piece)
         self._end = len(table)
-        super().__init__(file, table, specials.get)
+        super().__init__(file, table, specials)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array(row.ids, np.int32) for row in self._model.encode_batch_fast(texts, add_special_tokens=False)]

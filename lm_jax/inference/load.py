@@ -1,0 +1,138 @@
+"""A model to speak with: out of a run's folder, be it still training, or a folder as transformers saves it."""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lm_jax import config, disk, hub, parallel
+from lm_jax.checkpoint import Checkpoints, NoCheckpointError
+from lm_jax.data import build
+from lm_jax.data import tokenizer as tokenizers
+from lm_jax.errors import ConfigError
+from lm_jax.inference.chat import Template
+from lm_jax.inference.generate import ready
+from lm_jax.models.transformer import Transformer
+from lm_jax.workdir import Workdir
+
+TRIES = 3  # at a checkpoint that a trainer may replace while it is read
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model with its tokenizer, and what text needs to become a prompt of it."""
+
+    model: Transformer  # as it decodes best here
+    tokenizer: tokenizers.Tokenizer
+    before: tuple[int, ...]  # ids that begin a text
+    after: tuple[int, ...]  # and those that end an encoder's
+    start: int  # what a decoder that has an encoder begins with
+    stops: tuple[int, ...]
+    template: Template
+    said: str  # what was loaded, for people
+
+    @property
+    def vocab(self) -> int:
+        """Ids that may be drawn: the tokenizer's, as far as the model's table has them."""
+        return min(self.tokenizer.vocab, self.model.cfg.vocab)
+
+
+def load(path, *, say=print) -> Speaker:
+    """The model of a folder, on the mesh in use: of a run its newest intact checkpoint, with the average of its weights
+    where one is kept. On CPUs it computes in float32, which is faster there and no less exact.
+
+    ConfigError names what is missing; of a run that has saved nothing yet, when it will.
+    """
+    folder = Path(path)
+    record = disk.read_json(folder / "config.json") if folder.is_dir() else None
+    if isinstance(record, dict) and "train" in record:
+        return _of_run(folder, config.from_dict(record), say)
+    return _of_folder(folder, say)
+
+
+def _of_run(folder: Path, c: config.Config, say) -> Speaker:
+    tokenizer = _run_tokenizer(folder, c)
+    if c.model.vocab and c.model.vocab < tokenizer.vocab:
+        raise ConfigError(f"{folder} has a model of {c.model.vocab} tokens and a tokenizer of {tokenizer.vocab}: its "
+                          "data are another run's; bring back those that it was trained on")
+    cfg = replace(c.model, vocab=c.model.vocab or tokenizer.vocab)
+    cfg = replace(cfg, dtype="float32") if parallel.on_cpu() else cfg
+    step, model = _newest(folder, c, cfg, say)
+    before = () if cfg.encoder_depth else (tokenizer.bos,)
+    before = tokenizer.modes[-1:] if c.data.objective == "ul2" else before  # the denoiser that goes on with a text
+    stops = tokenizer.eos, tokenizer.chat["end"]
+    return Speaker(ready(model), tokenizer, before, (tokenizer.eos,), tokenizer.pad, stops,
+                   Template.of_roles(tokenizer), f"{folder}, step {step:,} of {c.train.steps:,}")
+
+
+def _newest(folder: Path, c: config.Config, cfg, say):
+    """(step, model) of the newest intact checkpoint."""
+    blank = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(blank)
+    params = nnx.to_pure_dict(state)
+    like = {"opt": {"ema": params}} if c.optim.ema else {"params": params}
+    for last in (False,) * (TRIES - 1) + (True,):
+        try:
+            found = Checkpoints(folder / "checkpoints", say=say).restore(like, partial=True)
+            break
+        except (FileNotFoundError, NoCheckpointError):  # a trainer has put a newer one in its place, or none is whole
+            if last:
+                raise
+            time.sleep(1)
+    if found is None:
+        raise ConfigError(f"{folder} has no checkpoint yet: a run saves its first after train.checkpoint_every="
+                          f"{c.train.checkpoint_every} steps, or when it is stopped")
+    step, tree, _ = found
+    nnx.replace_by_pure_dict(state, tree["opt"]["ema"] if c.optim.ema else tree["params"])
+    return step, nnx.merge(graph, state)
+
+
+def _run_tokenizer(folder: Path, c: config.Config):
+    """The tokenizer of the store that a run's manifest names."""
+    manifest = Workdir(folder, writes=False).read_json("manifest.json")
+    if manifest is None:
+        raise ConfigError(f"{folder} has no manifest.json: is it a run that prepares its data still? Try again later")
+    place = Path(manifest["data"]) / build.tokenizer_name(c.data)
+    if not place.is_dir():
+        raise ConfigError(f"{folder} was trained on {manifest['data']}, whose tokenizer is not there: bring it back, "
+                          "or call this where data.root leads to it")
+    tokenizer = tokenizers.load(str(place))
+    if tokenizer.digest != manifest["tokenizer"]:
+        raise ConfigError(f"the tokenizer in {place} is {tokenizer.digest} and the run's is {manifest['tokenizer']}: "
+                          "bring back the data that it was trained on")
+    return tokenizer
+
+
+def _of_folder(folder: Path, say) -> Speaker:
+    kinds = {"dtype": "float32", "weights": "float32"} if parallel.on_cpu() else {}
+    model = hub.load(folder, say=say, **kinds)
+    files = [file for file in ("tokenizer.json", "tokenizer.model", "spiece.model") if (folder / file).is_file()]
+    if not files:
+        raise ConfigError(f"{folder} has no tokenizer: tokenizer.json, tokenizer.model or spiece.model is wanted")
+    tokenizer = tokenizers.make(str(folder / files[0]), (), vocab=0)
+    told = (disk.read_json(folder / "config.json") or {}) | (disk.read_json(folder / "generation_config.json") or {})
+    settings = disk.read_json(folder / "tokenizer_config.json") or {}
+    before, after = _frame(folder / files[0], tokenizer, settings)
+    ends = told.get("eos_token_id")
+    stops = (tokenizer.eos,) if ends is None else tuple(np.atleast_1d(ends).tolist())
+    start = told.get("decoder_start_token_id", tokenizer.pad)
+    template = Template.of_folder(folder, settings, tokenizer)
+    return Speaker(ready(model), tokenizer, before, after, start, stops, template, str(folder))
+
+
+def _frame(file: Path, tokenizer, settings: dict):
+    """What the tokenizer of a folder puts before and after a text."""
+    if file.suffix == ".model":  # a LLaMA's begins texts, a T5's ends them
+        ends = file.name == "spiece.model"
+        begins = settings.get("add_bos_token", not ends)
+        return (tokenizer.bos,) * begins, (tokenizer.eos,) * settings.get("add_eos_token", ends)
+    import tokenizers as library
+
+    model = library.Tokenizer.from_file(str(file))
+    model.no_truncation()
+    bare, full = (model.encode("a", add_special_tokens=add).ids for add in (False, True))
+    at = next(i for i in range(len(full)) if full[i:i + len(bare)] == bare)
+    return tuple(full[:at]), tuple(full[at + len(bare):])

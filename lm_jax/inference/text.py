@@ -1,0 +1,174 @@
+"""Text in, text out: prompts in one batch, answers as they are written, never half a character."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm_jax import hosts
+from lm_jax.batch import Batch
+from lm_jax.errors import ConfigError
+from lm_jax.inference.generate import advance, asked, begin
+from lm_jax.inference.load import Speaker
+from lm_jax.inference.sample import Sampler
+
+EVERY = 4  # tokens between looks at what was written
+WIDTH = 32  # prompts are padded to a multiple, so that few programs serve all
+UNDECIDED = 3  # bytes of a character that may still be to come, each shown as U+FFFD until it is whole
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a prompt was continued with. `ended` is "stop" or "length"; `logprobs` are the model's own, see `Generated`.
+    `ids` go up to the one that completes a stop; `text` is without it."""
+
+    text: str
+    ids: list[int]
+    logprobs: list[float]
+    ended: str
+
+
+def answers(speaker: Speaker, prompts: Sequence, sampler: Sampler | Sequence[Sampler] = Sampler(), **knobs
+            ) -> list[Answer]:
+    """The answers to all prompts, in their order; `knobs` are those of `stream`."""
+    found = {row: answer for row, _, answer in stream(speaker, prompts, sampler, **knobs) if answer}
+    return [found[row] for row in range(len(prompts))]
+
+
+def stream(speaker: Speaker, prompts: Sequence, sampler: Sampler | Sequence[Sampler] = Sampler(), *, length: int = 128,
+           seed: int | Sequence[int] = 0, stop: Sequence[str] = ()) -> Iterator[tuple[int, str, Answer | None]]:
+    """(row, new text, None) as it is written and, when a row has ended, (row, the last of its text, its Answer).
+
+    A prompt is a string, or ids that are taken as they are. `sampler` and `seed` are one a prompt, or one for all, of
+    which prompt i takes the seed + i: what a prompt gets depends on its own and not on what shares its batch. An
+    answer ends at one of the model's own stop tokens, before a string of `stop`, or after `length` tokens.
+    """
+    if not len(prompts):
+        return
+    batch = prompted(speaker, prompts)
+    stop = [word for word in stop if word]
+    rules, stops_A = asked(speaker.model, batch, sampler, length=length, stop=speaker.stops, vocab=speaker.vocab)
+    keys_B = seeded(seed, len(prompts))
+    batch, knobs = hosts.put_batch(batch), dict(vocab=speaker.vocab)
+    writers = _writers(speaker, prompts, stop, length)
+    state, shot = _begin(speaker.model, batch, rules, keys_B, stops_A, length=length, **knobs)
+    written = 1
+    while any(writer.answer is None for writer in writers):
+        ended_B, now = np.array([writer.answer is not None for writer in writers]), shot
+        if written < length:  # begun before the last tokens are looked at
+            written = min(written + EVERY, length)
+            state, shot = _advance(speaker.model, state, rules, keys_B, stops_A, ended_B, written, **knobs)
+        tokens_BT, lengths_B, logprobs_BT = jax.device_get(now)
+        for row, writer in enumerate(writers):
+            if writer.answer is None:
+                yield row, writer.read(tokens_BT[row, :lengths_B[row]], logprobs_BT[row]), writer.answer
+
+
+def read(speaker: Speaker, prompts: Sequence, tokens_BT, lengths_B, logprobs_BT, *, length: int,
+         stop: Sequence[str] = ()) -> list[Answer]:
+    """The answers that tokens are which something else has written, as `beam.search` does."""
+    writers = _writers(speaker, prompts, [word for word in stop if word], length)
+    for writer, ids, count, logprobs in zip(writers, tokens_BT, lengths_B, logprobs_BT):
+        writer.read(ids[:count], logprobs)
+    return [writer.answer for writer in writers]
+
+
+class Writer:
+    """One answer: ids as they come, text as far as it is certain."""
+
+    def __init__(self, speaker: Speaker, context, stop: list[str], length: int):
+        self.speaker, self.stop, self.length = speaker, stop, length
+        self.context = [int(id) for id in context][-8:]  # a piece may be spelt otherwise at a text's beginning
+        self.base = len(speaker.tokenizer.decode(self.context))
+        self.shown, self.seen, self.answer = 0, 0, None
+
+    def read(self, ids, logprobs) -> str:
+        """All `ids` of the answer so far; the text that they add for sure, `answer` being set when they end it."""
+        own = len(ids) > 0 and int(ids[-1]) in self.speaker.stops
+        text = self._decoded(ids[:-1] if own else ids)
+        cut, count, ended = len(text), len(ids), own or len(ids) == self.length
+        at = min((found for found in map(text.find, self.stop) if found >= 0), default=-1)
+        if at >= 0:
+            cut, own, ended = at, True, True
+            count = next(n for n in range(self.seen, count + 1)
+                         if any(word in self._decoded(ids[:n]) for word in self.stop))
+        sure = text[:cut] if ended else text[:self._sure(text)]
+        self.seen, new = len(ids), sure[self.shown:]
+        self.shown = max(self.shown, len(sure))
+        if ended:
+            self.answer = Answer(sure, [int(id) for id in ids[:count]], [float(one) for one in logprobs[:count]],
+                                 "stop" if own else "length")
+        return new
+
+    def _decoded(self, ids) -> str:
+        return self.speaker.tokenizer.decode([*self.context, *ids])[self.base:]
+
+    def _sure(self, text: str) -> int:
+        """How much of a text that goes on no later token changes: not half a character, nor half a stop string."""
+        end = len(text)
+        while len(text) - end < UNDECIDED and text[:end].endswith("\ufffd"):
+            end -= 1
+        halves = (n for word in self.stop for n in range(1, len(word)) if text[:end].endswith(word[:n]))
+        return end - max(halves, default=0)
+
+
+def prompted(speaker: Speaker, prompts: Sequence) -> Batch:
+    """The batch of some prompts, texts or ids, padded."""
+    rows = [_ids(speaker, one) for one in prompts]
+    for text, ids in zip(prompts, rows):
+        if not len(ids):
+            raise ConfigError(f"prompt {text!r} is empty, and this model has no token that begins a text: write a word")
+    if speaker.model.cfg.encoder_depth:
+        source = padded([np.array([*ids, *speaker.after]) if isinstance(one, str) else ids
+                         for one, ids in zip(prompts, rows)])
+        return padded([np.array([speaker.start])] * len(rows), width=1) | {"source": source}
+    return padded(rows)
+
+
+def seeded(seed: int | Sequence[int], rows: int):
+    """A key a prompt, of a seed each or one for all."""
+    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != rows:
+        raise ConfigError(f"{len(seeds)} seeds for {rows} prompts: one for all, or one a prompt")
+    return jax.vmap(jax.random.key)(jnp.array([one % 2**32 for one in seeds], jnp.uint32))
+
+
+def padded(rows, *, width: int = WIDTH) -> Batch:
+    """Rows of ids as a batch, a multiple of `width` wide."""
+    T = -(-max(map(len, rows)) // width) * width
+    fill = lambda each: np.stack([np.pad(np.asarray(a, np.int32), (0, T - len(a))) for a in each])
+    return {"tokens": fill(rows), "positions": fill([np.arange(len(row)) for row in rows]),
+            "segments": fill([np.ones(len(row)) for row in rows])}
+
+
+def _writers(speaker, prompts, stop, length):
+    alone = speaker.model.cfg.encoder_depth > 0
+    return [Writer(speaker, [] if alone else _ids(speaker, one), stop, length) for one in prompts]
+
+
+def _ids(speaker: Speaker, prompt) -> np.ndarray:
+    """The ids of a text with what begins one; ids as they are, once it is sure that the model has them."""
+    V = speaker.model.cfg.vocab
+    prompt = [*speaker.before, *speaker.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+    ids = np.array(prompt, np.int32)
+    if wrong := [int(id) for id in ids if not 0 <= id < V]:
+        raise ConfigError(f"the prompt has id {wrong[0]} and the model {V} tokens: its tokenizer is another model's")
+    return ids
+
+
+@partial(jax.jit, static_argnames=("length", "vocab"))
+def _begin(model, batch, rules, keys_B, stops_A, *, length, vocab):
+    state = begin(model, batch, rules, keys_B, stops_A, length=length, vocab=vocab)
+    return state, jax.tree.map(jnp.copy, state.made)
+
+
+@partial(jax.jit, static_argnames=("vocab",), donate_argnums=1)
+def _advance(model, state, rules, keys_B, stops_A, ended_B, until, *, vocab):
+    """A state with more tokens, in the place of the one before, and a copy of what was made for the host to look at."""
+    state = dataclasses.replace(state, done_B=state.done_B | ended_B)
+    state = advance(model, state, rules, keys_B, stops_A, until=until, vocab=vocab)
+    return state, jax.tree.map(jnp.copy, state.made)
