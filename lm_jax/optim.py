@@ -78,7 +78,8 @@ def trunk(o: OptimConfig, steps: int) -> int:
 def common(o: OptimConfig, steps: int, other: OptimConfig, others: int) -> int:
     """How many first updates have the same learning rate under two schedules of so many steps."""
     least = min(steps, others)
-    rates, theirs = (np.asarray(jax.jit(schedule(each, n))(np.arange(least))) for each, n in ((o, steps), (other, others)))
+    rate = lambda o, steps: np.asarray(jax.jit(schedule(o, steps))(np.arange(least)))
+    rates, theirs = rate(o, steps), rate(other, others)
     return least if np.array_equal(rates, theirs) else int((rates != theirs).argmax())
 
 
