@@ -38,3 +38,18 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")  # be
 def rng() -> np.random.Generator:
     """Numbers that are the same in every run."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """name -> a folder of the family's tiny model in tests/golden, as transformers would save it."""
+    from checkpoints import GOLDEN, checkpoint
+
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = checkpoint(GOLDEN[name], tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get

@@ -1,4 +1,4 @@
-"""Tiny random models that `transformers` makes and saves, every parameter perturbed, so that no error hides by a zero."""
+"""Tiny random models that `transformers` makes, every parameter perturbed, so that no error hides by a zero."""
 
 import torch
 import transformers as hf
@@ -64,8 +64,9 @@ MODELS = {
     "qwen3-moe-mixed": (hf.Qwen3MoeConfig, SMALL | EXPERTS | dict(head_dim=12, mlp_only_layers=[1]),
                         hf.Qwen3MoeForCausalLM),
     "deepseek": (hf.DeepseekV3Config, DEEPSEEK, hf.DeepseekV3ForCausalLM),
-    "deepseek-plain": (hf.DeepseekV3Config, DEEPSEEK | dict(q_lora_rank=None, norm_topk_prob=False, rope_parameters=dict(
-        rope_type="default", rope_theta=1e4)), hf.DeepseekV3ForCausalLM),
+    "deepseek-plain": (hf.DeepseekV3Config, DEEPSEEK | dict(
+        q_lora_rank=None, norm_topk_prob=False, rope_parameters=dict(rope_type="default", rope_theta=1e4)),
+        hf.DeepseekV3ForCausalLM),
 }
 
 
@@ -79,3 +80,14 @@ def made(name: str, *, dtype=torch.float32, seed: int = 0):
         for weight in [*model.parameters(), *trained]:
             weight.add_(torch.randn_like(weight) * (0.1 if weight.ndim == 1 else 0.25 / weight.shape[-1] ** 0.5))
     return model.to(dtype)
+
+
+def outputs(model, tokens, **more):
+    """What the head of a model gives: logits, the two of question answering as one, or hidden states; of an
+    encoder-decoder, which reads `tokens` twice, its decoder's."""
+    if model.config.is_encoder_decoder:
+        more = {"decoder_input_ids": tokens} | more
+    out = model(input_ids=tokens, **more)
+    if hasattr(out, "start_logits"):
+        return torch.stack([out.start_logits, out.end_logits], -1)
+    return next(out[key] for key in ("logits", "prediction_logits", "last_hidden_state") if key in out)

@@ -14,7 +14,7 @@ from lm_jax import parallel
 from lm_jax.batch import Batch
 from lm_jax.config import TransformerConfig
 from lm_jax.errors import ConfigError, DataError
-from lm_jax.hub import families, folder, stream, tensors
+from lm_jax.hub import families, folder, stream
 from lm_jax.hub.families import Family
 from lm_jax.hub.places import places
 from lm_jax.hub.settled import settled
@@ -58,16 +58,14 @@ def save(model: Transformer, path, *, like=None, shard: int = folder.SHARD):
     like = getattr(model, "origin", "") if like is None else like
     params = {way: leaf.get_value() for way, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     family, hf = _said(cfg, like)
+    if not all(leaf.is_fully_addressable for leaf in params.values()):
+        raise ConfigError("the model is spread over several processes: load its checkpoint in one, and save it there")
     writer = stream.Writer(params, places(cfg, family, _own_prefix(family, cfg)))
     kept = params["embed", "table"].dtype.name
     hf |= {key: kept for key in ("dtype", "torch_dtype") if key in hf or not like}
-    if jax.process_index() == 0:
-        folder.write(target, hf, writer.entries(), writer.tensor, shard=shard)
-        if like:
-            folder.copy(Path(like), target)
-    else:  # what is spread over processes is brought together by all of them
-        for name in tensors.ordered(writer.entries()):
-            writer.tensor(name)
+    folder.write(target, hf, writer.entries(), writer.tensor, shard=shard)
+    if like:
+        folder.copy(Path(like), target)
 
 
 def logits(model: Transformer, tokens, decoder_tokens=None) -> np.ndarray:

@@ -60,14 +60,24 @@ class Writer:
 
     def _slice(self, path, at):
         array = self._params[path]
-        if not array.is_fully_addressable:
-            whole = NamedSharding(array.sharding.mesh, jax.P())
-            return np.asarray(jax.jit(lambda a: a[at], out_shardings=whole)(array))
         if array.nbytes > CHUNK:
-            return np.asarray(_part(array, at))
+            return _brought(array, at)
         if path not in self._small:
             self._small[path] = np.asarray(array)
         return self._small[path][at]
+
+
+def _brought(array, at) -> np.ndarray:
+    """A slice of an array from the devices that hold parts of it."""
+    whole = np.empty(array.shape[len(at):], array.dtype)
+    for shard in array.addressable_shards:
+        bounds = [part.indices(size)[:2] for part, size in zip(shard.index, array.shape)]
+        held = all(start <= i < stop for i, (start, stop) in zip(at, bounds))
+        if held and shard.replica_id == 0:
+            with _alone(shard.device):
+                part = np.asarray(shard.data[tuple(i - start for i, (start, _) in zip(at, bounds))])
+            whole[tuple(slice(*bound) for bound in bounds[len(at):])] = part
+    return whole
 
 
 def _filled(bounds, places, tensors, dtype, device):
@@ -78,10 +88,11 @@ def _filled(bounds, places, tensors, dtype, device):
         for start, piece in _pieces(bounds, places, tensors):
             whole[tuple(slice(i, i + n) for i, n in zip(start, piece.shape))] = piece
         return jax.device_put(whole, device)
-    whole = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=SingleDeviceSharding(device))()
-    for start, piece in _pieces(bounds, places, tensors):
-        piece = jax.device_put(np.ascontiguousarray(piece, dtype), device)
-        whole = _write(whole, piece, start).block_until_ready()  # so that no pieces queue up
+    with _alone(device):
+        whole = jnp.zeros(shape, dtype, device=device)
+        for start, piece in _pieces(bounds, places, tensors):
+            piece = jax.device_put(np.ascontiguousarray(piece, dtype), device)
+            whole = _write(whole, piece, start).block_until_ready()  # so that no pieces queue up
     return whole
 
 
@@ -109,9 +120,9 @@ def _write(whole, piece, start):
     return jax.lax.dynamic_update_slice(whole, piece, start)
 
 
-@partial(jax.jit, static_argnums=1)
-def _part(array, at):
-    return array[at]
+def _alone(device):
+    """Where programs run on one device, whatever the mesh in use."""
+    return jax.set_mesh(jax.make_mesh((), (), devices=[device]))
 
 
 def _sharding(shape):

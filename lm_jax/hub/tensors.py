@@ -159,5 +159,5 @@ def _end_to_end(file, tensors, data, length):
                             f"ends at {at:,}: fetch it again")
         at += size(tensor.dtype, tensor.shape)
     if at != length:
-        kind = "is truncated" if at > size else "has bytes that no tensor owns"
+        kind = "is truncated" if at > length else "has bytes that no tensor owns"
         raise DataError(f"{file} {kind}: its header says {at:,} bytes and there are {length:,}: fetch it again")

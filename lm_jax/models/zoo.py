@@ -93,8 +93,8 @@ def _qwen3(depth, width, heads, hidden, *, tied):  # Yang et al. 2025: norms on 
 
 def _gemma2(depth, width, heads, kv_heads, hidden):  # Riviere et al. 2024
     return dict(vocab=256000, depth=depth, width=width, heads=heads, kv_heads=kv_heads, head_size=256, hidden=hidden,
-                norm_place="sandwich", activation="gelu_tanh", attention_softcap=50.0, logit_softcap=30.0, window=4096,
-                window_pattern="SF", table_scale="in", max_length=8192)
+                norm_place="sandwich", norm_plus_one=True, activation="gelu_tanh", attention_softcap=50.0,
+                logit_softcap=30.0, window=4096, window_pattern="SF", table_scale="in", max_length=8192)
 
 
 def _bert(depth, width, heads, *, types=2, head="bert"):  # Devlin et al. 2019; Sanh et al. 2019
