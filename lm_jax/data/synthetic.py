@@ -1,12 +1,13 @@
 """Sources whose entropy is known, so that a run can be judged by its distance to the truth.
 
-A spec such as `markov:order=2,symbols=8` names a law and its numbers. Documents are strings of letters and digits of a
-fixed length n, so their end is certain, and each comes with its exact cost, -log P in nats under the law that made it.
+A spec such as `markov:order=2,symbols=8` names a law and its numbers. Documents are strings of visible ASCII of a fixed
+length n, so their end is certain, and each comes with its exact cost, -log P in nats under the law that made it.
 With a token a character, a perfect model's loss is sum(cost) / sum(n + 1); its expectation is `entropy(spec)`.
 """
 
 import dataclasses
 import difflib
+import itertools
 import math
 import string
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import numpy as np
 
 from lm_jax.config import ConfigError
 
-ALPHABET = np.frombuffer((string.ascii_lowercase + string.ascii_uppercase + string.digits).encode(), np.uint8)
+ALPHABET = np.frombuffer((string.ascii_letters + string.digits + string.punctuation).encode(), np.uint8)
 BLOCK = 256  # documents drawn at a time
 
 
@@ -190,58 +191,88 @@ class Copy(Law):
 
 @dataclass(frozen=True)
 class Facts(Law):
-    """Facts, a key and its value, recalled with Zipf's frequencies: the loss falls as a power law of known exponent.
+    """Facts with Zipf's frequencies, of which a width holds so many: a loss that is a power law known beforehand.
 
-    Fact k of `facts` is drawn with probability p_k ~ k^-(1+a), a = `exponent`; its key (small letters) has one value
-    for ever (`value` capitals, drawn evenly). What is not known costs value * log 26 nats each time. A model with room
-    for C facts keeps the likeliest, and misses sum_{k>C} p_k ~ C^-a: the exponent of capacity is a. After D draws a
-    fact has not been seen with probability (1-p_k)^D, which is about 1 for k > D^(1/(1+a)), and the sum of p_k over
-    those is ~ D^(-a/(1+a)): the exponent of data is a/(1+a) (Hutter 2021, Learning Curve Theory; Michaud et al. 2023,
-    The Quantization Model). Both hold while C and D^(1/(1+a)) are far below `facts`.
+    A document is pairs of a key and a value, a symbol each. Fact k has a key, drawn with probability p_k =
+    (2k-1)^-a - (2k+1)^-a, a = `exponent` (a Pareto variable, rounded), and a code of +1 and -1 over the V values: value
+    v follows with probability (1 + contrast * code[v]) / V. A fact not known costs `information` nats each time.
+
+    Codes are orthogonal, so that no two can share a dimension: a model of width D, whose logits are a product of rank
+    D, holds D of them, and with a norm before it D - 1/2. What is left out has probability (2D)^-a: a is the exponent
+    of width. Values are noise, so that Adam's steps for a fact are proportional to its p_k, and it is known after
+    n0 / p_k pairs: n pairs teach facts up to (n/n0)^(1/(1+a)), and a/(1+a) is the exponent of data (Hutter 2021,
+    Learning Curve Theory). The two leave, above the `entropy`, the law of Kaplan et al. (2020, eq. 1.5):
+    (D^-(1+a) + n0/n)^(a/(1+a)).
+
+    Few symbols are few facts: those beyond `exact` share evenly the tail that a power law has beyond.
     """
 
-    facts: int = 10_000
+    facts: int = 46
     exponent: float = 1.0
-    pairs: int = 8  # facts in a document
-    value: int = 2
+    pairs: int = 32
+    contrast: float = 0.9
 
     def problems(self):
-        if self.facts > 1e7:
-            yield f"facts={self.facts}: at most 10 million"
-
-    @property
-    def width(self) -> int:
-        """Letters of a key."""
-        return next(width for width in range(1, 9) if 26**width >= self.facts)
+        if self.facts + self.values > len(ALPHABET):
+            yield f"facts={self.facts} and {self.values} values: there are {len(ALPHABET)} symbols: lower facts"
+        if self.contrast >= 1:
+            yield f"contrast={self.contrast}: below 1, else a value is impossible"
 
     @property
     def length(self) -> int:
-        return self.pairs * (self.width + self.value)
+        return 2 * self.pairs
+
+    @property
+    def values(self) -> int:
+        """V: one more than a prime that leaves 3 when divided by 4, for which there is Paley's matrix (1933)."""
+        return 1 + next(n for n in itertools.count(3, 4) if n >= self.facts and all(n % d for d in range(3, n, 2)))
+
+    @property
+    def exact(self) -> int:
+        """The last fact of the power law; those beyond are each about as likely."""
+        return int(self.facts * self.exponent / (1 + self.exponent))
 
     @cached_property
     def odds(self) -> np.ndarray:
-        weights = np.arange(1, self.facts + 1) ** -(1 + self.exponent)
-        return weights / weights.sum()
+        tail = (2 * np.arange(self.facts + 1) + 1.0) ** -self.exponent
+        tail[self.exact :] = np.linspace(tail[self.exact], 0, self.facts + 1 - self.exact)
+        return tail[:-1] - tail[1:]
 
     @cached_property
-    def spelling(self) -> np.ndarray:
-        """Codes [facts, width + value]: keys are in random order, so that none tells how frequent it is."""
-        rng = self._tables()
-        keys = np.stack(np.unravel_index(rng.permutation(self.facts), [26] * self.width), -1)
-        return np.concatenate([keys, 26 + rng.integers(26, size=(self.facts, self.value))], 1)
+    def codes(self) -> np.ndarray:
+        """+1 and -1 [facts, values], as many of one as of the other in a row; rows are orthogonal."""
+        prime = self.values - 1
+        residues = np.full(prime, -1)
+        residues[np.arange(1, prime) ** 2 % prime] = 1
+        residues[0] = 1  # the diagonal
+        n = np.arange(prime)
+        return np.insert(residues[(n[:, None] - n) % prime], 0, -1, axis=1)[: self.facts]
+
+    @property
+    def information(self) -> float:
+        """Nats that knowing a fact saves each time."""
+        more, less = 1 + self.contrast, 1 - self.contrast
+        return (more * math.log(more) + less * math.log(less)) / 2
 
     def draw(self, rng, count):
         fact = rng.choice(self.facts, p=self.odds, size=(count, self.pairs))
-        return self.spelling[fact].reshape(count, -1), -np.log(self.odds[fact]).sum(1)
+        right = rng.random(fact.shape) < (1 + self.contrast) / 2
+        halves = np.argsort(self.codes, axis=1, kind="stable").reshape(self.facts, 2, -1)  # values of code -1, of +1
+        value = halves[fact, right.astype(int), rng.integers(self.values // 2, size=fact.shape)]
+        symbols = self._tables().permutation(self.facts + self.values)  # that of a key tells not how likely it is
+        codes = symbols[np.stack([fact, self.facts + value], -1)].reshape(count, -1)
+        odds = self.odds[fact] * np.where(right, 1 + self.contrast, 1 - self.contrast) / self.values
+        return codes, -np.log(odds).sum(1)
 
     def nats(self):
-        return self.pairs * float(_entropy(self.odds))
+        return self.pairs * (float(_entropy(self.odds)) + math.log(self.values) - self.information)
 
     def excess(self, *, stored: float = math.inf, seen: float = math.inf) -> float:
-        """Nats a document above `nats()` to expect if only the `stored` likeliest of what `seen` draws met is known."""
-        unmet = np.exp(seen * np.log1p(-self.odds)) if math.isfinite(seen) else np.zeros(self.facts)
-        unmet[np.arange(self.facts) >= stored] = 1
-        return float(self.odds @ unmet) * self.pairs * self.value * math.log(26)
+        """Nats a document above `nats()` to expect if only the `stored` likeliest facts can be known, and one of
+        probability p is not yet with probability exp(-seen p), `seen` being n / n0."""
+        held = np.clip(stored - np.arange(self.facts), 0, 1)
+        missed = 1 - held * -np.expm1(-seen * self.odds)
+        return self.pairs * self.information * float(self.odds @ missed)
 
 
 LAWS = {"markov": Markov, "pcfg": Grammar, "copy": Copy, "zipf": Facts}
@@ -252,7 +283,7 @@ def _out_of_range(law: Law) -> Iterator[str]:
         if value < 0 or value == 0 and name != "seed":
             yield f"{name}={value} is too small"
         if name == "symbols" and value > len(ALPHABET):
-            yield f"{name}={value}: there are {len(ALPHABET)} letters and digits"
+            yield f"{name}={value}: there are {len(ALPHABET)} letters, digits and marks"
 
 
 def _choose(rng: np.random.Generator, odds: np.ndarray) -> np.ndarray:
