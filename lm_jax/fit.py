@@ -32,8 +32,9 @@ def main(argv):
     console.print(f"{runs.source}: {len(runs)} rows. {runs.conventions}")
     for note in runs.notes:
         console.print(f"  {note}")
-    settings = {args.law: {"fixed": {name: float(value) for name, value in args.fix},
-                           "start": {name: float(value) for name, value in args.start}}}
+    settings = {args.law: {"fixed": numbers("fix", args.fix), "start": numbers("start", args.start)}}
+    if missing := args.start and [name for name in LAWS[args.law].params if name not in settings[args.law]["start"]]:
+        raise ConfigError(f"--start of {args.law} without {', '.join(missing)}: a start has all parameters")
     fits, record = results.study(runs, level=args.level, draws=args.draws, delta=ESTIMATORS[args.estimator],
                                  chosen=args.law, settings=settings)
     show(console, record, args.law)
@@ -73,7 +74,26 @@ def parse(argv) -> argparse.Namespace:
     add("--start", type=pair, action="append", default=[], metavar="NAME=VALUE", help="add a start; all parameters")
     add("--chip", default="v5p", choices=[device.name for device in devices.TABLE], help="for chip-hours")
     add("--mfu", type=float, default=0.4, help="share of the chip's peak that training reaches, for chip-hours")
-    return parser.parse_args(argv[1:])
+    args = parser.parse_args(argv[1:])
+    for flag, values, low, high in (("level", [args.level], 0.5, 0.9999), ("predict", args.predict, 1.0, 1e60),
+                                    ("mfu", [args.mfu], 1e-6, 1.0)):
+        for value in values:
+            if not low <= value <= high:
+                raise ConfigError(f"--{flag}={value:g}: a number from {low:g} to {high:g}")
+    return args
+
+
+def numbers(flag: str, pairs) -> dict[str, float]:
+    """Parameters by name."""
+    found = {}
+    for name, value in pairs:
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise ConfigError(f"--{flag}={name}={value}: {value!r} is no number") from None
+        if not 1e-300 < found[name] < 1e300 and not (name == "E" and found[name] == 0):
+            raise ConfigError(f"--{flag}={name}={value}: parameters are positive, E may be 0")
+    return found
 
 
 def predictions(fits, runs, record: dict, budget: float, args) -> dict:
@@ -126,7 +146,7 @@ def show(console: Console, record: dict, law: str):
                 console.print(f"  {name:20} {value:<12.6g} held")
             else:
                 low, high = found["interval"][name]
-                console.print(f"  {name:20} {value:<12.6g} ± {found['stderr'][name]:<10.3g} "
+                console.print(f"  {name:20} {value:<12.6g} ± {_error(found['stderr'][name]):10} "
                               f"{100 * record['level']:g} % {_end(low)} to {_end(high)}")
         for line in found["warnings"]:
             console.print(f"  warning: {line}")
@@ -176,6 +196,10 @@ def _shown(title, first, *numbers) -> Shown:
 
 def _percent(value) -> str:
     return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _error(value: float) -> str:
+    return "anything" if value == float("inf") else f"{value:.3g}"
 
 
 def _end(value: float) -> str:

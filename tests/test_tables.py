@@ -1,6 +1,8 @@
 """Tables of runs: anybody's CSV and records are read, what cannot be fitted is refused with its line or its reason."""
 
 import json
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from test_laws import TRUE, grid
 
 from lm_jax import fit
 from lm_jax.errors import ConfigError, DataError
-from lm_jax.scaling import checks, envelope, table, tuning, valleys
+from lm_jax.scaling import checks, envelope, fitting, report, results, table, tuning, valleys
 from lm_jax.scaling.checks import Refused
 from lm_jax.scaling.laws import LAWS, additive
 
@@ -198,3 +200,90 @@ def test_the_main_fits_predicts_and_writes_a_record(tmp_path, capsys, rng):
     assert low < record["predict"][0]["loss"]["value"] < high
     shown = capsys.readouterr().out
     assert "6 N D" in shown and "refused: data_constrained" in shown
+
+
+@pytest.mark.parametrize("count", (1, 3, 6))
+def test_a_few_rows_end_in_a_sentence_or_in_numbers(count, tmp_path, capsys, monkeypatch):
+    """No traceback, no warning of numpy's, and nothing that is not a number, however little there is to fit."""
+    monkeypatch.setattr(report, "write", lambda folder, *a, **k: folder / "report.html")  # is tested where it is drawn
+    rng = np.random.default_rng(count)
+    x = {"N": np.geomspace(1e7, 1e9, count), "D": 10 ** rng.uniform(8.5, 10.5, count)}
+    loss = additive(TRUE, x) * np.exp(0.003 * rng.standard_normal(count))
+    text = "".join(f"{n},{d},{l}\n" for n, d, l in zip(x["N"], x["D"], loss))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            fit.main(["fit", str(write(tmp_path, f"{HEADER}\n{text}")), "--draws=0", f"--out={tmp_path}"])
+        except ConfigError as error:
+            assert count < 4 and "carries no law" in str(error)
+        else:
+            assert "nan" not in capsys.readouterr().out.replace("nats", "")
+
+
+def test_losses_without_an_error_and_losses_that_are_all_alike(tmp_path):
+    x = grid(3, 3)
+    exact = table.from_rows(rows(x, additive(TRUE, x)))
+    for delta in (fitting.HUBER, np.inf):
+        assert np.isfinite(fitting.fit(LAWS["chinchilla"], exact.columns, exact.loss, delta=delta).aic)
+    with pytest.raises(Refused, match="the loss is 3 in every run"):
+        results.study(table.from_rows(rows(x, np.full(9, 3.0))), draws=0)
+
+
+@pytest.mark.parametrize("flag, said", [
+    ("--draws=15", "15 draws tell no interval"), ("--level=1.5", "--level=1.5: a number from"),
+    ("--predict=-1", "--predict=-1: a number from"), ("--mfu=0", "--mfu=0: a number from"),
+    ("--fix=alpha=x", "'x' is no number"), ("--fix=alpha=-1", "parameters are positive"),
+    ("--start=alpha=0.3", "a start has all parameters")])
+def test_flags_that_cannot_be_are_refused(flag, said, tmp_path):
+    x = grid(3, 3)
+    text = "".join(f"{n},{d},{l}\n" for n, d, l in zip(x["N"], x["D"], additive(TRUE, x)))
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        fit.main(["fit", str(write(tmp_path, f"{HEADER}\n{text}")), flag, f"--out={tmp_path}"])
+
+
+@pytest.mark.parametrize("raw, said", [
+    (b"params,tokens,lo\xdf\n1,2,3\n", "no text in UTF-8"),
+    (b"params;tokens;loss\n1;2;3\n", "separate columns by commas"),
+    (b"params,tokens,loss,lr\n1e6,2e7,5.0,\n1e6,3e7,5.0,1e-3\n", "no lr on lines 2.*--ignore=lr"),
+    (b"params,tokens,loss,lr\n1e6,2e7,5.0,0\n", "lr is not a positive number on lines 2")])
+def test_what_is_no_table_is_said(raw, said, tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_bytes(raw)
+    with pytest.raises(ConfigError, match=said):
+        table.read(path)
+
+
+def test_marks_and_line_ends_of_other_systems_are_read_and_a_missing_last_one_is_told(tmp_path):
+    path = tmp_path / "runs.csv"
+    for text in (f"\ufeff{HEADER}\n1e6,2e7,5.0\n\n", f"{HEADER}\r\n1e6,2e7,5.0\r\n"):
+        path.write_bytes(text.encode())
+        assert table.read(path).loss.tolist() == [5.0] and not table.read(path).notes
+    path.write_bytes(f"{HEADER}\n1e6,2e7,5.012\n1e6,4e7,4.".encode())
+    assert "no line break ends line 3" in table.read(path).notes[0]
+
+
+def test_flagged_runs_are_left_out_by_reason_and_an_edge_of_a_grid_is_told(tmp_path):
+    x = grid(4, 3)
+    records = [{"params": n, "tokens": d, "loss": l, "seed": 0, "flags": ["edge-of-lr-grid"] if i < 2 else []}
+               for i, (n, d, l) in enumerate(zip(x["N"], x["D"], additive(TRUE, x)))]
+    records += [dict(records[0], loss=None, status="diverged"), dict(records[1], loss=9.0, flags=["under-cooled"]),
+                {"status": "failed", "flags": ["failed"], "loss": None}]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    runs = table.read(write(tmp_path, text, "runs.jsonl"))
+    assert len(runs) == 12
+    for line, why in ((13, "diverged"), (14, "under-cooled"), (15, "failed")):
+        assert f"1 rows left out, {why}: lines {line}" in runs.notes
+    assert len(table.read(tmp_path / "runs.jsonl", where={"seed": "0"})) == 12
+    found = fitting.fit(LAWS["power_D"], runs.columns, runs.loss)
+    said = results.describe(found, runs, np.random.default_rng(0), level=0.9, draws=0, settings={})["warnings"]
+    assert any("2 of 12 runs have their best" in line for line in said)
+
+
+def test_corpora_of_different_sizes_are_told_and_others_refused():
+    x, n = grid(), len(clean())
+    digests = np.where(np.arange(n) % 2, "small", "large").tolist()
+    epochs = x["D"] / np.where(np.arange(n) % 2, 1e9, 1e11)
+    checks.comparable(runs := clean(data_digest=digests, epochs=epochs))
+    assert any("2 corpora, of 1e+09, 1e+11 tokens" in line for line in checks.cautions(runs))
+    with pytest.raises(Refused, match="data_digest"):
+        checks.comparable(clean(data_digest=digests, epochs=x["D"] / 1e9))

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from lm_jax.errors import ConfigError
+from lm_jax.scaling import intervals
 from lm_jax.scaling.fitting import Fit
 from lm_jax.scaling.laws import Law
 from lm_jax.scaling.table import Table
@@ -64,6 +65,8 @@ def enough(law: Law, table: Table, fixed=()):
     for column in law.reads:
         if column not in table:
             raise Refused(f"{law.name} needs {column}, which {table.source} does not have")
+    if np.ptp(np.log(table.loss)) < 1e-9:
+        raise Refused(f"the loss is {table.loss[0]:g} in every run: there is nothing for {law.name} to explain")
     free = len(law.params) - len(set(fixed) & set(law.params))
     points = len(set(zip(*(table[column] for column in law.reads))))
     if points < free + 1:
@@ -79,6 +82,13 @@ def enough(law: Law, table: Table, fixed=()):
     if abs(together) > 0.999:
         raise Refused(f"{law.name} cannot tell N from D: they rise together in every run (a fixed ratio); fit power_C, "
                       "or add runs at other ratios")
+
+
+def settled(fit: Fit):
+    """Refuse a fit whose parameters ran off: an exponent without end, and its amplitude with it."""
+    if lost := [name for name in fit.free if not 0 <= fit.params[name] < intervals.LARGE]:
+        raise Refused(f"{fit.law.name} runs off on these {fit.n} runs ({', '.join(lost)} without end): they carry no "
+                      "its exponents; add runs, or hold some with --fix")
 
 
 def warnings(fit: Fit, intervals: dict) -> list[str]:

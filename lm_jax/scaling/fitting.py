@@ -19,6 +19,7 @@ from lm_jax.errors import ConfigError
 from lm_jax.scaling.laws import Law
 
 HUBER = 1e-3  # of log loss: beyond a tenth of a percent a residual counts by its size, not its square
+EXACT = 1e-24  # mean square of residuals that are rounding alone
 TRIES = 8  # starts of the grid that are polished
 
 
@@ -72,12 +73,14 @@ class Fit:
         return bread @ filling @ bread
 
     def bread(self) -> np.ndarray:
-        """H^-1, H the objective's curvature: psi' is smoothed, as a density is (Powell 1984; width of Silverman)."""
+        """H^-1, H the objective's curvature: psi' is smoothed, as a density is (Powell 1984; width of Silverman), of
+        residuals drawn together, so that smoothing leaves their spread what it is (Silverman & Young 1987)."""
         J, r = self.spared()
         if math.isinf(self.delta):
             return np.linalg.pinv(J.T @ J)
         size = min(np.std(r), np.subtract(*np.quantile(r, (0.75, 0.25))) / 1.349) or np.std(r)
         width = 1.06 * size * len(r) ** -0.2 + 1e-12
+        r = r / math.sqrt(1 + (width / (size + 1e-12)) ** 2)
         inside = ndtr((self.delta - r) / width) - ndtr((-self.delta - r) / width)
         met = np.argsort(np.abs(r))[:len(self.theta)]  # as many points as parameters are met whatever the noise
         inside[met] = np.delete(inside, met).mean() if len(r) > len(met) else inside[met]
@@ -89,10 +92,11 @@ class Fit:
         return J.T * np.clip(r, -self.delta, self.delta) ** 2 @ J
 
     def spared(self) -> tuple[np.ndarray, np.ndarray]:
-        """The Jacobian, and residuals as they would be had the fit not seen their row (HC3, MacKinnon & White 1985)."""
+        """The Jacobian, and residuals as large as the noise, of which a fit takes a part (HC2, MacKinnon & White 1985;
+        HC3 holds the truth too often: 98 % of nominal 90 % intervals of 9 rows)."""
         J = self.problem().jacobian(self.theta)
         leverage = np.einsum("np,pq,nq->n", J, np.linalg.pinv(J.T @ J), J)
-        return J, self.residuals / np.maximum(1 - leverage, 0.1)
+        return J, self.residuals / np.sqrt(np.maximum(1 - leverage, 0.1))
 
 
 def fit(law: Law, x: Mapping, loss, *, delta: float = HUBER, fixed: Mapping | None = None, start: Mapping | None = None,
@@ -163,8 +167,9 @@ class Problem:
     def params(self, theta: np.ndarray) -> dict:
         """Parameters as a law states them; complex where theta is."""
         p = self.scaled(theta)
-        for name, (exponent, column) in self.law.amplitudes.items():
-            p[name] = np.exp(np.log(p[name]) + p[exponent] * math.log(self.units[column]))
+        with np.errstate(all="ignore"):  # where an exponent runs off, so does its amplitude, which is for the caller
+            for name, (exponent, column) in self.law.amplitudes.items():
+                p[name] = np.exp(np.log(p[name]) + p[exponent] * math.log(self.units[column]))
         return {name: self.fixed.get(name, p[name]) for name in self.law.params}
 
     def log_predict(self, theta: np.ndarray) -> np.ndarray:
@@ -211,7 +216,7 @@ class Problem:
             value = self.objective(theta)
             for _ in range(rounds if value > 0 else 0):
                 before, (value, theta) = value, self._descend(theta, value, math.sqrt(gain) / 10)
-                if not before - value > gain * before or value < 1e-24 * len(self.loss):
+                if not before - value > gain * before or value < EXACT * len(self.loss):
                     break
         return value, theta
 
@@ -253,7 +258,8 @@ def huber(r, delta: float):
 
 def log_likelihood(r: np.ndarray, delta: float) -> float:
     """Of residuals under exp(-huber(r) / s) / Z(s), the scale s at its best."""
-    total, n = float(huber(r, delta).sum()), len(r)
+    n = len(r)
+    total = max(float(huber(r, delta).sum()), n * EXACT)
     if math.isinf(delta):
         return -n / 2 * (math.log(2 * math.pi * 2 * total / n) + 1)
 

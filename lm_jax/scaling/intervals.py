@@ -20,6 +20,7 @@ FEWEST = 20  # draws of which a spread is told
 PULL = 100.0  # of the search for a profile towards its target, in units of the quantity's own curvature
 FLAT = 1e-9  # of the steepest direction: one as flat moves no prediction
 FARTHEST = 16.0  # of log: a quantity that may be e^16 times larger is not bounded
+LARGE = 1e300  # and one so large has run off
 Quantity = Callable[[Mapping[str, float]], float]
 Interval = tuple[float, float]
 
@@ -30,7 +31,8 @@ def profile(fit: Fit, quantity: Quantity, *, level: float = LEVEL) -> Interval:
     p = len(fit.theta)
     limit = f_distribution.ppf(level, 1, max(fit.n - p, 1))
     path = _Path(fit, quantity)
-    return tuple(float(np.exp(_crossing(path, sign, limit))) for sign in (-1, 1))
+    ends = (float(np.exp(_crossing(path, sign, limit))) for sign in (-1, 1))
+    return tuple(open_end if math.isnan(end) else end for end, open_end in zip(ends, (0.0, math.inf)))
 
 
 def rows(fit: Fit, rng: np.random.Generator, *, draws: int = DRAWS) -> list[dict]:
@@ -53,14 +55,18 @@ def groups(fit: Fit, names, rng: np.random.Generator, *, draws: int = DRAWS) -> 
 
 
 def percentiles(values, *, level: float = LEVEL) -> Interval:
-    low, high = np.quantile(values, ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)
+    """Ends that leave as many draws on either side; open where draws run off."""
+    if np.isnan(values).any():
+        return 0.0, math.inf
+    low, high = np.quantile(np.minimum(values, LARGE), ((1 - level) / 2, (1 + level) / 2))
+    return float(low), float(high) if high < LARGE / 10 else math.inf
 
 
 def spread(values) -> float:
     """Standard error from draws: their standard deviation, the outermost half percent on either side brought in. Draws
-    of amplitudes are so skewed that without it a few in the tail decide."""
-    return float(np.std(np.clip(values, *percentiles(values, level=0.99)), ddof=1))
+    of amplitudes are so skewed that without it a few in the tail decide. Infinite where they run off."""
+    low, high = percentiles(values, level=0.99)
+    return math.inf if math.isinf(high) else float(np.std(np.clip(values, low, high), ddof=1))
 
 
 class _Path:

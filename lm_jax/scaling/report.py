@@ -209,7 +209,7 @@ def _value(found: dict, key: str) -> str:
     if key in found["fixed"]:
         return f"{number(value)} held"
     error = found["stderr"][key]
-    error = "" if error is None else f" ± {float(f'{error:.2g}'):g}"
+    error = " ± anything" if error in (None, float("inf")) else f" ± {float(f'{error:.2g}'):g}"
     return f"{number(value)}{error}{BREAK}{between(found['interval'][key])})"
 
 

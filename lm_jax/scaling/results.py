@@ -35,10 +35,12 @@ def study(table: Table, *, level: float = intervals.LEVEL, draws: int = interval
         asked = dict((settings or {}).get(name, {}), delta=delta)
         try:
             checks.enough(law, ends, asked.get("fixed") or ())
-            fits[name] = fitting.fit(law, ends.columns, ends.loss, **asked)
+            found = fitting.fit(law, ends.columns, ends.loss, **asked)
+            checks.settled(found)
         except Refused as reason:
             refused[name] = str(reason)
             continue
+        fits[name] = found
         with np.errstate(all="ignore"):  # a form that does not suit runs off to infinity, which its intervals say
             laws[name] = describe(fits[name], ends, rng, level=level, draws=draws if name == chosen else few,
                                   settings=asked)
@@ -83,7 +85,8 @@ def delta_errors(fit: Fit, measured: Mapping) -> list[float]:
     """Standard errors by the delta method, from the sandwich."""
     covariance, problem = fit.covariance(), fit.problem()
     slopes = [fitting.complex_step(lambda t, q=q: q(problem.params(t)), fit.theta) for q in measured.values()]
-    return [float(np.sqrt(slope @ covariance @ slope)) for slope in slopes]
+    variances = [slope @ covariance @ slope for slope in slopes]
+    return [math.sqrt(v) if 0 <= v < math.inf else math.inf for v in variances]
 
 
 def by_valleys(table: Table, rng: np.random.Generator, *, level: float) -> tuple[dict, dict]:

@@ -74,6 +74,8 @@ def _csv(path: Path, where: Mapping, ignore: Sequence[str]) -> Iterator[Row]:
         reader = csv.reader(file)
         header = [name.strip() for name in next(reader, [])]
         names = [name if name in ignore else NAMES.get(name.lower(), name) for name in header]
+        if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+            raise ConfigError(f"{path} has one column, {header[0]!r}: separate columns by commas")
         for name, key in zip(header, names):
             if key not in KNOWN and name not in {*where, *ignore}:
                 near = difflib.get_close_matches(name.lower(), NAMES, n=1)

@@ -73,7 +73,8 @@ def colour_bar(figure, axes, norm: colors.LogNorm, column: str, table: Table):
 
 
 def legend(axes, **settings):
-    axes.legend(frameon=False, fontsize="small", **settings)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize="small", **settings)
 
 
 def marker(i: int) -> str:
