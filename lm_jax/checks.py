@@ -72,7 +72,7 @@ AT_LEAST = {
                    "model.attention_softcap", "model.logit_softcap", "model.init_std", "model.norm_eps",
                    "model.moe.experts", "model.moe.shared", "model.moe.balance", "model.moe.router_z",
                    "optim.warmup", "optim.eps", "optim.weight_decay", "optim.clip", "optim.spike",
-                   "train.eval_rows", "train.z_loss", "train.profile"), 0)
+                   "train.eval_rows", "train.z_loss", "train.profile", "train.watchdog"), 0)
 ABOVE_0 = ("model.rope.theta", "model.rope.factor", "model.rope.fraction", "model.rope.slow", "model.moe.scale",
            "optim.lr")
 SHARES = ("model.rope.fraction", "data.noise", "data.validation", "optim.decay", "optim.floor", "train.smoothing")

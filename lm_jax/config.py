@@ -168,6 +168,7 @@ class TrainConfig:
     checkpoint_every: int = 250
     keep: int = 2  # newest checkpoints kept
     loggers: str = ""  # besides metrics.jsonl: "tensorboard", "wandb", or both with a comma
+    watchdog: float = 1.0  # a phase that takes so many times its limit (lm_jax/clock.py) ends the run; 0: none does
     profile: int = 0  # first of five steps to trace with jax.profiler; 0 is off
 
 

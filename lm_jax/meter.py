@@ -7,6 +7,7 @@ from typing import Callable
 import jax
 import numpy as np
 
+from lm_jax.clock import Clock
 from lm_jax.devices import peak_flops
 from lm_jax.log import Log, peak_memory
 
@@ -22,6 +23,7 @@ class Meter:
     flops: float
     derived: Callable[[dict], dict]  # what else a row says, from its numbers
     every: int  # steps a row
+    clock: Clock
     seconds: float = 0.0  # spent in steps, those before a restart included
     compile_seconds: float = 0.0  # until the first step was on its way
     streak: int = 0  # updates refused in a row, as of the last step read
@@ -32,7 +34,8 @@ class Meter:
     def waited(self, batches):
         """The next batch; the time it took is data wait."""
         begun = time.perf_counter()
-        batch = next(batches)
+        with self.clock.phase("wait"):
+            batch = next(batches)
         self._wait += time.perf_counter() - begun
         return batch
 
@@ -59,6 +62,7 @@ class Meter:
             return
         step, metrics, wait = pending
         metrics = jax.device_get(metrics)
+        self.clock.step()
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self.record(step, _numbers(metrics), seconds, wait)
@@ -76,7 +80,7 @@ class Meter:
         flops = self.flops / seconds
         peak = peak_flops(jax.devices()[0].device_kind)
         mfu = {"mfu": flops / (peak * jax.device_count())} if peak else {}
-        return {"seconds": seconds, "tokens_per_second": self.tokens / seconds, "flops_per_second": flops, **mfu,
+        return {"seconds": seconds, "goodput": self.clock.account()["goodput"], "tokens_per_second": self.tokens / seconds, "flops_per_second": flops, **mfu,
                 "data_wait": wait, "data_wait_fraction": min(wait / seconds, 1.0), **peak_memory()}
 
 

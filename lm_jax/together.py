@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from lm_jax import config, errors, hosts, parallel
 from lm_jax.checkpoint import Checkpoints
+from lm_jax.clock import Clock
 from lm_jax.errors import ConfigError
 from lm_jax.launchers.job import outcome
 from lm_jax.recipes import run
@@ -56,17 +57,19 @@ def trained(points, out: Path, mesh: dict, *, stack: bool) -> set[str]:
     members = []
     for point in points:
         workdir = Workdir(out / "points" / point.id, writes=jax.process_index() == 0)
-        recipe = run.opened(point.config, workdir, hosts.mark())
+        clock = Clock()
+        recipe = run.opened(point.config, workdir, clock, hosts.mark())
         if members and recipe.store.digest == members[0].recipe.store.digest:
             recipe = replace(recipe, store=members[0].recipe.store)
-        members.append(together.Member(recipe, workdir, beginning(point, out)))
+        members.append(together.Member(recipe, workdir, clock, beginning(point, out)))
     if stack:
         summaries = together.train(members, mesh)
     else:
-        summaries = [run.train(one.recipe, one.workdir, mesh, start=one.start)[0] for one in members]
+        summaries = [run.train(one.recipe, one.workdir, one.clock, mesh, start=one.start)[0] for one in members]
     for point, member, summary in zip(points, members, summaries):
         hosts.say(f"{point}: {summary['status']} after {summary['steps']:,} steps"
                   + (f", validation loss {summary['val_loss']:.4f}" if "val_loss" in summary else ""))
+        member.clock.close()
         member.workdir.close()
     return {summary["status"] for summary in summaries}
 

@@ -5,7 +5,7 @@
 The same command goes on where the last one ended. The folder (`--workdir`, default runs/<config name>) gets
 config.json, manifest.json, metrics.jsonl, checkpoints/, plots/loss.png and summary.json. With `--start` a run begins as
 another that differs in its length alone, and is bit for bit what it would be by itself. Exit codes: 0 done, 2 the
-config cannot run, 74 no room on a disk, 75 stopped by a signal and saved, 77 data are damaged, 78 diverged, 79 no
+config cannot run, 74 no room on a disk, 75 stopped by a signal and saved, 76 hung, 77 data are damaged, 78 diverged, 79 no
 checkpoint is intact.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import replace
 import jax
 
 from lm_jax import config, errors, hosts, parallel
+from lm_jax.clock import Clock, age
 from lm_jax.recipes import report, run
 from lm_jax.workdir import Workdir
 
@@ -28,8 +29,9 @@ def main(argv):
     hosts.same(config=config.digest(config.to_dict(shared)))
     mesh = parallel.use(c.mesh)
     workdir = Workdir(values.workdir, writes=jax.process_index() == 0)
-    recipe = run.opened(c, workdir, hosts.mark())
-    summary, sample = run.train(recipe, workdir, mesh, start=values.start)
+    with Clock(age()) as clock:
+        recipe = run.opened(c, workdir, clock, hosts.mark())
+        summary, sample = run.train(recipe, workdir, clock, mesh, start=values.start)
     if workdir.writes:
         print(f"{sample}\n\n{report.closing(summary, workdir, argv)}".strip())
     hosts.exchange("end", summary["status"])  # JAX gives up whoever comes to an end long before the others

@@ -12,6 +12,7 @@ from flax import nnx
 
 from lm_jax import checkpoint, hosts, log, optim, parallel, signals
 from lm_jax.batch import Batch, Loss, Mean
+from lm_jax.clock import Clock
 from lm_jax.config import Config, ConfigError, difference, from_dict, to_dict
 from lm_jax.meter import Meter, Profile
 from lm_jax.models.layers import kinds
@@ -116,8 +117,9 @@ class Trainer:
     SIGINT save and stop; a second signal, of several processes a second SIGINT, stops at once. `quiet` shows no bar.
     """
 
-    def __init__(self, config: Config, model, recipe: Recipe, workdir, *, start=None, say=print, quiet: bool = False):
-        self.config, self.recipe, self.workdir = config, recipe, workdir
+    def __init__(self, config: Config, model, recipe: Recipe, workdir, *, start=None, clock: Clock | None = None,
+                 say=print, quiet: bool = False):
+        self.config, self.recipe, self.workdir, self.clock = config, recipe, workdir, clock or Clock()
         c, trunk = config.train, optim.trunk(config.optim, config.train.steps)
         tx = optim.make(config.optim, c.steps, kinds(model, recipe.trainable))
         rate = optim.schedule(config.optim, c.steps)
@@ -127,10 +129,12 @@ class Trainer:
         self.hooks = (Every(c.checkpoint_every, self.save), After(trunk, self.save), *recipe.hooks)
         self.checkpoints = checkpoint.Checkpoints(workdir.checkpoints, keep=c.keep, spare=trunk, say=say)
         self.begun = 0  # step of another run that this one started from
-        self.done, seconds = self.restore(start, say)  # steps, as the host counts them, and what they took
+        with self.clock.phase("restore"):
+            self.done, seconds = self.restore(start, say)  # steps, as the host counts them, and what they took
         self.log = log.Log(workdir, steps=c.steps, start=self.done, loggers=c.loggers, config=to_dict(config),
                            quiet=quiet)
-        self.meter = Meter(self.log, recipe.tokens, recipe.flops, recipe.derived, every=c.log_every, seconds=seconds)
+        self.meter = Meter(self.log, recipe.tokens, recipe.flops, recipe.derived, every=c.log_every, clock=self.clock,
+                           seconds=seconds)
 
     def __enter__(self):
         return self
@@ -147,7 +151,8 @@ class Trainer:
         if tree:
             self._same_data(extra["data"], self.workdir.path)
         evaluated = min(step, self.config.train.steps - 1)  # the last evaluation comes after the last checkpoint
-        gone = self.workdir.keep_metrics(step, evaluated=evaluated)
+        gone, lost = self.workdir.keep_metrics(step, evaluated=evaluated)
+        self.clock.replayed(lost * self.config.train.log_every)
         if tree:
             self.state, self.begun = resumed(self.state, tree), extra["begun"]
             say(f"resumed at step {step}" + (f"; {gone} later rows of metrics.jsonl are made again" if gone else ""))
@@ -160,7 +165,7 @@ class Trainer:
             found = theirs.restore(saved(self.state), most=most)
         if found is None:
             raise ConfigError(f"--start={start} has no checkpoint of its first {most} steps, after which its learning "
-                              f"rate is another (it has {theirs.steps()}): a wsd run keeps the one before its cool-down")
+                              f"rate is another (it has {theirs.steps()}): a wsd run keeps one before its cool-down")
         step, tree, extra = found
         self._same_data(extra["data"], start)
         self.workdir.take_metrics(start, step)
@@ -193,17 +198,26 @@ class Trainer:
         c = self.config
         extra = {"config": to_dict(c), "seed": c.seed, "batches": self.done, "data": self.recipe.data,
                  "seconds": self.meter.seconds, "begun": self.begun}
-        self.checkpoints.save(self.done, saved(self.state), extra)
+        with self.clock.phase("save"):
+            self.checkpoints.save(self.done, saved(self.state), extra)
+
+    def finish(self):
+        """Save the state, if the last step was not saved just now, and wait until it is on the disk."""
+        self.save()
+        with self.clock.phase("save"):
+            self.checkpoints.wait()
 
     def fit(self) -> str:
         """Train; returns "ok", "stopped" (by a signal) or "diverged" (every update refused); saved."""
         c, status = self.config.train, "ok"
         key = jax.random.key(self.config.seed)
-        with signals.caught() as stop, self.recipe.batches(self.done) as batches, Profile(c.profile, self.workdir) as profile:
+        with signals.caught() as stop, self.clock.phase("step"), self.recipe.batches(self.done) as batches, \
+                Profile(c.profile, self.workdir) as profile:
             while self.done < c.steps and status == "ok":
                 profile.before(self.done + 1)
                 batch = hosts.put_batch(self.meter.waited(batches), c.batch)
-                self.state, metrics = self.step(self.state, batch, jax.random.fold_in(key, self.done))
+                with self.clock.phase("step" if self.meter.compile_seconds else "compile"):
+                    self.state, metrics = self.step(self.state, batch, jax.random.fold_in(key, self.done))
                 self.done += 1
                 self.meter.sent(self.done, metrics)
                 self.checkpoints.poll()
@@ -214,13 +228,11 @@ class Trainer:
                 if due or status != "ok":
                     self.meter.flush()
                 if status == "stopped":
-                    self.save()  # before anything that takes time: whoever sent the signal may not wait
-                    self.checkpoints.wait()
+                    self.finish()  # before anything that takes time: whoever sent the signal may not wait
                 for hook in due:
                     hook.do(self)
                     self.meter.restart()
-        self.save()  # nothing to do if the last step was saved just now
-        self.checkpoints.wait()
+        self.finish()
         return "ok" if status == "stopped" and self.done == c.steps else status
 
 

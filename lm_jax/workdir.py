@@ -19,7 +19,7 @@ from lm_jax.lease import Lease
 # Keys that may change while a run goes on: where and how it computes and what it records, not what it learns.
 FREE = ("mesh.", "data.root:", "model.remat:", "model.attention:", "train.microbatches:", "train.log_every:",
         "train.eval_every:", "train.eval_rows:", "train.checkpoint_every:", "train.keep:", "train.loggers:",
-        "train.profile:")
+        "train.profile:", "train.watchdog:")
 SEEN = 10  # seconds in which a file that one host writes in a shared folder is seen by the others
 
 
@@ -91,26 +91,26 @@ class Workdir:
             raise ConfigError(f"{self.path / name} is no JSON ({e}): mend or remove it, or pass another "
                               "--workdir") from e
 
-    def keep_metrics(self, step: int, *, evaluated: int | None = None) -> int:
-        """Make metrics.jsonl end where a run resumes: rows beyond `step`, and a row cut off by a kill, go; how many.
+    def keep_metrics(self, step: int, *, evaluated: int | None = None) -> tuple[int, float]:
+        """Make metrics.jsonl end where a run resumes: rows beyond `step`, and a row cut off by a kill, go; how many,
+        and the seconds of their steps.
 
         Evaluations, which are rows with a tag, go beyond `evaluated` if it is given.
         """
         ends = {False: step, True: step if evaluated is None else evaluated}
         if not self.writes or not self.metrics.exists():
-            return 0
-        gone = 0
+            return 0, 0.0
+        gone = []
 
         def kept():
-            nonlocal gone
             for line, at, tagged in _rows(self.metrics):
                 if at <= ends[tagged]:
                     yield line
                 else:
-                    gone += 1
+                    gone.append(0.0 if at == math.inf else json.loads(line).get("seconds", 0.0))
 
         disk.replace(self.metrics, kept())
-        return gone
+        return len(gone), sum(gone)
 
     def take_metrics(self, start, step: int):
         """Begin metrics.jsonl with the rows up to `step` of the run in folder `start`."""

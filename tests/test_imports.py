@@ -15,7 +15,7 @@ FILES = sorted((ROOT / "lm_jax").rglob("*.py"))
 LAYERS = (
     ("errors", "checks", "disk", "devices"),
     ("config",),
-    ("parallel", "batch", "seal", "lease", "workdir", "signals"),
+    ("parallel", "batch", "seal", "lease", "workdir", "signals", "clock"),
     ("data", "models", "hosts"),
     ("losses", "surgery", "optim", "checkpoint", "log", "plots", "hub"),
     ("meter",),

@@ -12,6 +12,7 @@ import pytest
 from test_sweep import read
 
 from lm_jax import together as program
+from lm_jax.clock import Clock
 from lm_jax.errors import ConfigError
 from lm_jax.preflight import topology
 from lm_jax.recipes import run
@@ -29,7 +30,8 @@ def losses(folder):
 def alone(point, folder) -> dict:
     """The summary of a point trained by itself, on one device as stacks are."""
     workdir = Workdir(folder)
-    summary, _ = run.train(run.opened(point.config, workdir), workdir, {})
+    with Clock() as clock:
+        summary, _ = run.train(run.opened(point.config, workdir, clock), workdir, clock, {})
     workdir.close()
     return summary
 
@@ -38,9 +40,11 @@ def stacked(points, out) -> list[dict]:
     members = []
     for point in points:
         workdir = Workdir(out / point.id)
-        members.append(together.Member(run.opened(point.config, workdir), workdir))
+        clock = Clock()
+        members.append(together.Member(run.opened(point.config, workdir, clock), workdir, clock))
     found = together.train(members, {})
     for member in members:
+        member.clock.close()
         member.workdir.close()
     return found
 

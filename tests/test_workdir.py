@@ -62,7 +62,7 @@ def test_a_process_that_only_reads_writes_nothing(tmp_path):
     run = Workdir(tmp_path / "run", writes=False)
     run.open(CONFIG)
     run.write_json("summary.json", {})
-    assert run.keep_metrics(0) == 0 and not run.path.exists()
+    assert run.keep_metrics(0) == (0, 0.0) and not run.path.exists()
 
 
 def test_records_are_strict_json(tmp_path):
@@ -95,9 +95,9 @@ def test_metrics_end_where_a_run_resumes(tmp_path):
     whole = "".join(json.dumps(row) + "\n" for row in rows)
     for cut in ('{"step": 8, "lo', '{"step": 3}', "\x00\x00", "17\n"):  # the second would be whole, but for its end
         run.metrics.write_text(whole + cut)
-        assert run.keep_metrics(5) == 3
+        assert run.keep_metrics(5)[0] == 3
         assert [json.loads(line) for line in run.metrics.read_text().splitlines()] == rows[:5] + rows[7:]
-    assert run.keep_metrics(5) == 0
+    assert run.keep_metrics(5)[0] == 0
     assert run.keep_metrics(5, evaluated=3) == 1
     assert [json.loads(line) for line in run.metrics.read_text().splitlines()] == rows[:5]
     assert os.listdir(tmp_path) == ["metrics.jsonl"]

@@ -120,7 +120,8 @@ def evaluate_every(config: Config, evaluation: Evaluation) -> Every:
 
     def do(run: trainer.Trainer):
         if run.done < config.train.steps:
-            record(run, evaluation(trainer.evaluated(run.state), config.train.eval_rows))
+            with run.clock.phase("evaluation"):
+                record(run, evaluation(trainer.evaluated(run.state), config.train.eval_rows))
 
     return Every(config.train.eval_every, do)
 

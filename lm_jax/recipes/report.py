@@ -65,7 +65,7 @@ def summary(recipe: Pretraining, run, status: str, results: dict, wall: float) -
             "flops": run.done * run.recipe.flops, "flops_spent": (run.done - run.begun) * run.recipe.flops,
             "epochs": run.done * recipe.config.train.batch / recipe.rows_available, "seconds": run.meter.seconds,
             "compile_seconds": run.meter.compile_seconds,
-            "wall_seconds": wall, **final,
+            "wall_seconds": wall, **run.clock.account(), **final,
             "validation": results, **beside}
 
 

@@ -4,13 +4,14 @@ import math
 import time
 
 from lm_jax import hosts, parallel, plots, trainer
+from lm_jax.clock import Clock
 from lm_jax.config import Config, to_dict
 from lm_jax.data import store
 from lm_jax.recipes import pretrain, report
 from lm_jax.workdir import Workdir
 
 
-def opened(c: Config, workdir: Workdir, mark: str = "") -> pretrain.Pretraining:
+def opened(c: Config, workdir: Workdir, clock: Clock, mark: str = "") -> pretrain.Pretraining:
     """Claim the folder and prepare the data; what cannot be is said before that."""
 
     def prepared():
@@ -19,25 +20,28 @@ def opened(c: Config, workdir: Workdir, mark: str = "") -> pretrain.Pretraining:
         return store.prepare(c.data, say=hosts.say)
 
     hosts.together(lambda: workdir.open(to_dict(c), mark))
-    recipe = pretrain.Pretraining(c, hosts.together(prepared))
+    clock.watch(workdir.path, writes=workdir.writes, patience=c.train.watchdog)
+    with clock.phase("data"):
+        recipe = pretrain.Pretraining(c, hosts.together(prepared))
     hosts.same(data=recipe.store.digest)
     return recipe
 
 
-def train(recipe: pretrain.Pretraining, workdir: Workdir, mesh: dict, *, start=None) -> tuple[dict, str]:
+def train(recipe: pretrain.Pretraining, workdir: Workdir, clock: Clock, mesh: dict, *, start=None) -> tuple[dict, str]:
     """Train to the end or a signal; the run's summary, and what its model makes of a held-out text.
 
     `start` is the folder of a run that this one begins as.
     """
     c, begun, evaluation = recipe.config, time.time(), pretrain.Evaluation(recipe)
     plan = recipe.recipe((pretrain.evaluate_every(c, evaluation),))
-    with trainer.Trainer(c, recipe.model(), plan, workdir, start=start, say=hosts.say) as run:
+    with trainer.Trainer(c, recipe.model(), plan, workdir, start=start, clock=clock, say=hosts.say) as run:
         manifest(recipe, workdir, mesh)
         run.log.say(report.headline(recipe, mesh))
         summary = ended(recipe, run, run.fit(), evaluation, begun)
-    sample = report.sampled(recipe, trainer.evaluated(run.state)) if summary["status"] == "ok" else ""
-    if workdir.writes:
-        plots.loss_curve(workdir)
+    with clock.phase("end"):
+        sample = report.sampled(recipe, trainer.evaluated(run.state)) if summary["status"] == "ok" else ""
+        if workdir.writes:
+            plots.loss_curve(workdir)
     return summary, sample
 
 
@@ -50,8 +54,9 @@ def ended(recipe: pretrain.Pretraining, run: trainer.Trainer, status: str, evalu
     """Evaluate a run that ended well, and write its summary."""
     results = {}
     if status == "ok":
-        results = evaluation(trainer.evaluated(run.state), 0)
-        pretrain.record(run, results)
+        with run.clock.phase("evaluation"):
+            results = evaluation(trainer.evaluated(run.state), 0)
+            pretrain.record(run, results)
         if not all(math.isfinite(values["val_loss"]) for values in results.values()):
             status = "diverged"
     summary = report.summary(recipe, run, status, results, time.time() - begun)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax import optim, signals, trainer
+from lm_jax.clock import Clock
 from lm_jax.config import Config
 from lm_jax.data.loader import Loader
 from lm_jax.models import transformer
@@ -38,10 +39,11 @@ def alike(c: Config) -> Config:
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a stack: its recipe, its folder, and the folder of a run that it begins as."""
+    """One run of a stack: its recipe, its folder, its clock, and the folder of a run that it begins as."""
 
     recipe: pretrain.Pretraining
     workdir: Workdir
+    clock: Clock
     start: str | None = None
 
 
@@ -54,7 +56,8 @@ def train(members: Sequence[Member], mesh: dict) -> list[dict]:
         for member in members:
             c = member.recipe.config
             plan = member.recipe.recipe((pretrain.evaluate_every(c, evaluation),))
-            one = Trainer(c, member.recipe.model(), plan, member.workdir, start=member.start, quiet=bool(runs))
+            one = Trainer(c, member.recipe.model(), plan, member.workdir, start=member.start, clock=member.clock,
+                          quiet=bool(runs))
             runs.append(stack.enter_context(one))
             run.manifest(member.recipe, member.workdir, mesh)
         statuses = {}
@@ -78,20 +81,18 @@ class Stack:
                            for name in ("lr", "weight_decay"))
         common = alike(replace(runs[0].config, model=runs[0].state.model.cfg))
         self.advance = program(replace(common, train=replace(common.train, steps=1)))
-        self._sent = None
+        self._sent, self._compiled = None, False
 
     def fit(self) -> list[str]:
         """Train; of each run "ok", "stopped" or "diverged", as `Trainer.fit`; saved."""
         self._clock = time.perf_counter()
-        with signals.caught() as stop:
+        with signals.caught() as stop, self._phase("step"):
             while self.done < self.last and self.alive and not stop:
                 self._step()
         self._read()
         self._share()
         for one in self.runs:
-            one.save()
-        for one in self.runs:
-            one.checkpoints.wait()
+            one.finish()
         over = "ok" if self.done == self.last else "stopped"
         return [over if r in self.alive else "diverged" for r in range(len(self.runs))]
 
@@ -105,7 +106,9 @@ class Stack:
         rows = np.arange(self.done * size, (self.done + count) * size)
         batches = _stacked([loader.rows(rows) for loader in self.loaders], count)
         waited = time.perf_counter() - begun
-        self.states, metrics = self.advance(self.states, batches, self.keys, self.rates, self.last, count)
+        with self._phase("step" if self._compiled else "compile"):
+            self.states, metrics = self.advance(self.states, batches, self.keys, self.rates, self.last, count)
+        self._compiled = True
         self._read()
         self._sent = (self.done, count, metrics, waited)
         self.done += count
@@ -117,6 +120,13 @@ class Stack:
                     if hook.due(self.done, self.last):
                         hook.do(self.runs[r])
             self._clock = time.perf_counter()
+
+    @contextlib.contextmanager
+    def _phase(self, name: str):
+        with contextlib.ExitStack() as stack:
+            for one in self.runs:
+                stack.enter_context(one.clock.phase(name))
+            yield
 
     def _read(self):
         """Write the rows of the steps sent last; a run whose updates are all refused is over."""
@@ -131,6 +141,7 @@ class Stack:
             one = self.runs[r]
             for i in range(count):
                 numbers = {name: values[i, r].item() for name, values in metrics.items() if name != "objective"}
+                one.clock.step()
                 one.meter.record(first + i + 1, numbers, seconds, waited * share)
                 one.done = first + i + 1
                 if one.meter.streak >= trainer.PATIENCE:

@@ -1,0 +1,161 @@
+"""Where a run's time goes, and the end of one that hangs.
+
+A run is in one phase at a time, so that what the phases took adds up to the wall clock; what a kill cost is there too,
+as `idle` (until the next start) and `replay` (steps that were made again). A thread keeps the account in
+<workdir>/phases.json. The same thread ends a process that is longer in a phase than it may be, with the stacks of all
+its threads and exit code 76: a process that waits for a dead peer, or for a loader that waits for itself, would else
+hold its chips for ever.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from lm_jax import disk
+
+HUNG = 76  # exit code
+LEAST, TIMES = 60.0, 10.0  # seconds that a step may take at least, or so many times the median step
+LIMITS = {"restore": 1800.0, "compile": 3600.0, "wait": 600.0, "save": 1800.0, "evaluation": 3600.0}  # others: none
+TICK, RECORD = 0.5, 10.0  # seconds between looks, and between records
+
+
+def age() -> float:
+    """Seconds since this process began, where the system tells."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, AttributeError):
+        return 0.0
+
+
+class Clock:
+    """Times phases, of which `age` seconds have gone already. `watch` gives it a run's folder and sets the limits."""
+
+    def __init__(self, age: float = 0.0):
+        self.seconds = {"start": age}  # of each phase, over all starts of the run
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._phases, self._since = ["start"], time.monotonic()
+        self._beat = time.monotonic()  # when there was last a sign of progress
+        self._steps = deque(maxlen=64)  # seconds of the latest
+        self._file = self._thread = None
+        self._patience = 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """Within it time is `name`'s, whatever phase it lies in."""
+        self._turn(lambda: self._phases.append(name))
+        try:
+            yield
+        finally:
+            self._turn(self._phases.pop)
+
+    def step(self):
+        """A step has been seen to end: the next one has its full time."""
+        now = time.monotonic()
+        self._steps.append(now - self._beat)
+        self._beat = now
+
+    def watch(self, folder: Path, *, writes: bool, patience: float):
+        """Go on with the account in a folder (`writes`: keep it), and end a process that hangs; limits are multiplied
+        by `patience`, 0 is none."""
+        self._file, self._patience = (folder / "phases.json" if writes else None), patience
+        before = _read(folder / "phases.json") if writes else None
+        if before:
+            gap = time.time() - before["until"] - sum(self._now().values())
+            self.add("idle", max(0.0, gap))  # a clock that was put back makes no time
+            for name, seconds in before["seconds"].items():
+                self.add(name, seconds)
+        self._thread = threading.Thread(target=self._guard, name="clock", daemon=True)
+        self._thread.start()
+
+    def add(self, name: str, seconds: float):
+        with self._lock:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def replayed(self, seconds: float):
+        """Steps of so many seconds are made again: what they took before was lost."""
+        lost = min(seconds, self.seconds.get("step", 0.0))
+        self.add("step", -lost)
+        self.add("replay", lost)
+
+    def account(self) -> dict:
+        """Seconds of each phase, and the share of all that steps took which were not lost."""
+        found = self._now()
+        return {"phases": found, "goodput": found.get("step", 0.0) / max(sum(found.values()), 1e-9)}
+
+    def close(self):
+        """Stop watching; the account is complete."""
+        self._over.set()
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+            self._record()
+
+    def _turn(self, change):
+        with self._lock:
+            now = time.monotonic()
+            name = self._phases[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+            self._since = self._beat = now
+            change()
+
+    def _now(self) -> dict[str, float]:
+        with self._lock:
+            running = {self._phases[-1]: time.monotonic() - self._since}
+            return {name: self.seconds.get(name, 0.0) + running.get(name, 0.0)
+                    for name in self.seconds.keys() | running.keys()}
+
+    def _guard(self):
+        recorded = 0.0
+        while not self._over.wait(TICK):
+            phase, late = self._phases[-1], time.monotonic() - self._beat
+            if self._patience and late > self._patience * self._limit(phase):
+                self._end(phase, late)
+            if time.monotonic() > recorded + RECORD:
+                recorded = time.monotonic()
+                self._record()
+
+    def _limit(self, phase: str) -> float:
+        if phase != "step":
+            return LIMITS.get(phase, float("inf"))
+        return max(LEAST, TIMES * statistics.median(self._steps)) if self._steps else LIMITS["compile"]
+
+    def _end(self, phase, late):
+        said = (f"error: nothing has happened for {late:.0f} s in phase {phase!r}: this process hangs and ends with code "
+                f"{HUNG}; the same command goes on from the last checkpoint. Stacks of its threads:")
+        print(said, file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.stderr)
+        with contextlib.suppress(OSError):
+            if self._file:
+                with open(self._file.with_name("stacks.txt"), "w") as file:
+                    print(said, file=file, flush=True)
+                    faulthandler.dump_traceback(file)
+                self._record()
+        os._exit(HUNG)  # an orderly end would wait for the thread that hangs
+
+    def _record(self):
+        if self._file:
+            text = json.dumps({"until": time.time(), "seconds": self._now()}, indent=2)
+            with contextlib.suppress(OSError):  # a full disk is told by what matters more
+                disk.replace(self._file, [text, "\n"])
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        found = disk.read_json(path)
+        return found if found and {"until", "seconds"} <= found.keys() else None
+    except (ValueError, AttributeError):
+        return None  # an account that is damaged begins anew

@@ -1,0 +1,108 @@
+"""Where the time went adds up, whatever was killed; and what hangs ends, and says where."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lm_jax import clock
+from lm_jax.clock import Clock
+
+TRAIN = """
+import threading
+from lm_jax import clock, errors, train
+from lm_jax.data import loader
+clock.LIMITS["wait"], clock.TICK = 2.0, 0.1
+rows = loader.Loader.rows
+def stuck(self, k):
+    if k[0] >= 8 * 12:
+        threading.Event().wait()
+    return rows(self, k)
+loader.Loader.rows = stuck
+errors.run(train.main)
+"""
+SETTINGS = ["--config=configs/tiny.py", "--config.model.width=16", "--config.model.depth=1", "--config.data.length=16",
+            "--config.data.sources=markov:documents=300,length=15", "--config.data.tokenizer=byte",
+            "--config.train.steps=20", "--config.train.batch=8", "--config.train.checkpoint_every=5"]
+
+
+def test_phases_add_up_to_the_wall_clock_however_they_nest():
+    timer, begun = Clock(age=2.0), time.monotonic()
+    with timer.phase("step"):
+        time.sleep(0.2)
+        with timer.phase("wait"):
+            time.sleep(0.3)
+        with timer.phase("save"), timer.phase("evaluation"):
+            time.sleep(0.1)
+        time.sleep(0.1)
+    timer.replayed(0.1)
+    found = timer.account()
+    assert sum(found["phases"].values()) == pytest.approx(2 + time.monotonic() - begun, rel=0.01)
+    expected = {"start": 2.0, "step": 0.2, "replay": 0.1, "wait": 0.3, "save": 0.0, "evaluation": 0.1}
+    assert found["phases"] == pytest.approx(expected, abs=0.05)
+    assert found["goodput"] == pytest.approx(0.2 / 2.7, abs=0.03)
+
+
+def test_the_account_survives_kill_9_and_knows_what_it_cost(tmp_path):
+    code = f"""
+import pathlib, time
+from lm_jax import clock
+clock.TICK = clock.RECORD = 0.05
+timer = clock.Clock()
+timer.watch(pathlib.Path({str(tmp_path)!r}), writes=True, patience=1.0)
+with timer.phase("step"):
+    print("steps", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "steps\n"
+    begun = time.time()
+    time.sleep(1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)
+    with Clock() as again:
+        again.watch(tmp_path, writes=True, patience=1.0)
+        found = again.account()["phases"]
+    assert found["step"] == pytest.approx(1.0, abs=0.25) and found["idle"] == pytest.approx(0.5, abs=0.25)
+    assert found["step"] + found["idle"] == pytest.approx(time.time() - begun, abs=0.1)
+    assert json.loads((tmp_path / "phases.json").read_text())["seconds"]["idle"] == pytest.approx(found["idle"])
+
+
+def test_a_clock_that_was_put_back_and_a_damaged_account_make_no_time(tmp_path):
+    for text in (json.dumps({"until": time.time() + 3600, "seconds": {"step": 5.0}}), "{", "[]"):
+        (tmp_path / "phases.json").write_text(text)
+        with Clock() as timer:
+            timer.watch(tmp_path, writes=True, patience=0.0)
+            assert timer.account()["phases"].get("idle", 0.0) == 0
+
+
+def test_a_run_whose_loader_hangs_ends_with_the_stacks_of_its_threads(tmp_path):
+    argv = [*SETTINGS, f"--workdir={tmp_path}/run", f"--config.data.root={tmp_path}/data"]
+    found = subprocess.run([sys.executable, "-c", TRAIN, *argv], text=True, capture_output=True, timeout=300)
+    assert found.returncode == clock.HUNG == 76, found.stderr
+    assert "in phase 'wait': this process hangs" in found.stderr and "in stuck" in found.stderr
+    assert "in stuck" in (tmp_path / "run" / "stacks.txt").read_text()
+    again = subprocess.run([sys.executable, "-m", "lm_jax.train", *argv], text=True, capture_output=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step 10" in again.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    phases = summary["phases"]
+    assert 2 <= phases["wait"] < 8 and phases["replay"] > 0 and 0 < summary["goodput"] < 1
+    assert all(seconds >= 0 for seconds in phases.values()), phases
+
+
+def test_the_watchdog_sleeps_where_it_is_told_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(clock, "LIMITS", {"wait": 0.1})
+    monkeypatch.setattr(clock, "TICK", 0.02)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("it ended the process"))
+    for patience, phase in ((0.0, "wait"), (100.0, "wait"), (1.0, "data")):
+        with Clock() as timer:
+            timer.watch(tmp_path, writes=False, patience=patience)
+            with timer.phase(phase):
+                time.sleep(0.3)
+    assert not (tmp_path / "phases.json").exists()
