@@ -92,7 +92,7 @@ def test_a_saved_tokenizer_is_the_same_when_loaded_and_a_changed_one_is_refused(
     assert (again.encode(corpus()[0]) == coder.encode(corpus()[0])).all()
     (file,) = (tmp_path / "t").glob("tokenizer.*")
     other = tokenizer.make("bpe", corpus(), vocab=600) if kind != "bpe" else made("unigram")
-    file.write_bytes(other._file)
+    file.write_bytes(other.file)
     with pytest.raises(ConfigError, match="build it again"):
         tokenizer.load(tmp_path / "t")
     file.unlink()

@@ -55,7 +55,7 @@ class Vocabulary:
         self.word_starts = np.array([piece is None or _starts_word(piece) for piece in table])
         self._table = [piece or b"" for piece in table]
         self.byte_lengths = np.array([len(piece) for piece in self._table], np.int32)
-        self._file = file
+        self.file = file
         self.digest = hashlib.sha256(type(self).__name__.encode() + b"\0" + file).hexdigest()[:12]
 
     def encode(self, text: str) -> np.ndarray:
@@ -68,7 +68,7 @@ class Vocabulary:
         os.makedirs(folder, exist_ok=True)
         saved = {"backend": type(self).__name__, "file": f"tokenizer{self.suffix}", "digest": self.digest}
         with open(os.path.join(folder, saved["file"]), "wb") as file:
-            file.write(self._file)
+            file.write(self.file)
         with open(os.path.join(folder, "saved.json"), "w", encoding="utf-8") as file:
             json.dump(saved, file)
 
@@ -96,7 +96,7 @@ class Pieces(Vocabulary):
         import sentencepiece
 
         try:
-            self._model = model = sentencepiece.SentencePieceProcessor(model_proto=file)
+            self.model = model = sentencepiece.SentencePieceProcessor(model_proto=file)
         except RuntimeError as error:
             raise ConfigError(f"data.tokenizer is no SentencePiece model: {error}") from error
         controls = {model.id_to_piece(i): i for i in range(len(model)) if model.is_control(i)}  # no text becomes these
@@ -108,7 +108,7 @@ class Pieces(Vocabulary):
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """To SentencePiece a literal U+2581 is a space, so it is spelled in bytes where the model has them."""
         if self._escape is None or not any(BLANK in text for text in texts):
-            return [np.array(ids, np.int32) for ids in self._model.encode(texts)]
+            return [np.array(ids, np.int32) for ids in self.model.encode(texts)]
         return [self._escaped(text) for text in texts]
 
     def decode(self, ids) -> str:
@@ -116,16 +116,16 @@ class Pieces(Vocabulary):
         return text.removeprefix(" ") if self._prefix else text
 
     def _escaped(self, text: str) -> np.ndarray:
-        first, *rest = [np.array(ids, np.int32) for ids in self._model.encode(text.split(BLANK))]
+        first, *rest = [np.array(ids, np.int32) for ids in self.model.encode(text.split(BLANK))]
         return np.concatenate([first, *(part for later in rest for part in (self._escape, later))])
 
     def _bytes(self, i: int) -> bytes | None:
-        piece = self._model.id_to_piece(i)
-        if self._model.is_byte(i):
+        piece = self.model.id_to_piece(i)
+        if self.model.is_byte(i):
             return _byte(piece)
-        if self._model.is_control(i):
+        if self.model.is_control(i):
             return None
-        return UNKNOWN if self._model.is_unknown(i) else piece.replace(BLANK, " ").encode()
+        return UNKNOWN if self.model.is_unknown(i) else piece.replace(BLANK, " ").encode()
 
 
 class HuggingFace(Vocabulary):
@@ -139,7 +139,7 @@ class HuggingFace(Vocabulary):
         except ImportError as error:
             raise ConfigError("a Hugging Face tokenizer.json needs a package: pip install tokenizers") from error
         try:
-            self._model = model = tokenizers.Tokenizer.from_str(file.decode())
+            self.model = model = tokenizers.Tokenizer.from_str(file.decode())
         except Exception as error:  # the package raises bare Exceptions
             raise ConfigError(f"data.tokenizer is no Hugging Face tokenizer.json: {error}") from error
         model.no_truncation()
@@ -155,11 +155,11 @@ class HuggingFace(Vocabulary):
         super().__init__(file, table, specials)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array(row.ids, np.int32) for row in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+        return [np.array(row.ids, np.int32) for row in self.model.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids) -> str:
         """The library's own decoding: it knows where a kind of tokenizer (BERT's, T5's) drops or adds spaces."""
-        return self._model.decode([i for i in np.asarray(ids, int).ravel().tolist() if i < self._end])
+        return self.model.decode([i for i in np.asarray(ids, int).ravel().tolist() if i < self._end])
 
 
 BACKENDS = {"Bytes": Bytes, "Pieces": Pieces, "HuggingFace": HuggingFace}

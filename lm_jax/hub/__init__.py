@@ -6,5 +6,6 @@
 """
 
 from lm_jax.hub.model import batch, load, logits, save
+from lm_jax.hub.store import path
 
-__all__ = ["batch", "load", "logits", "save"]
+__all__ = ["batch", "load", "logits", "path", "save"]

@@ -14,22 +14,22 @@ from lm_jax import parallel
 from lm_jax.batch import Batch
 from lm_jax.config import TransformerConfig
 from lm_jax.errors import ConfigError, DataError
-from lm_jax.hub import families, folder, stream
+from lm_jax.hub import families, folder, store, stream
 from lm_jax.hub.families import Family
 from lm_jax.hub.places import places
 from lm_jax.hub.settled import settled
 from lm_jax.models.transformer import Transformer
 
 
-def load(path, *, weights: str | None = None, say=print, **settings) -> Transformer:
-    """The model of a folder as transformers saves it, or of a name in the local hub, on the mesh in use.
+def load(folder_or_name, *, weights: str | None = None, say=print, **settings) -> Transformer:
+    """The model of a folder as transformers saves it, or of a name (owner/name@revision), on the mesh in use.
 
     It computes in the type of its weights (float16 in float32), unless `dtype` is among the `settings`, which may be
     any fields of its config that change how it computes and not what. `weights` is the type that weights are kept in:
     None keeps each one's own, "float32" is what training wants. The model remembers the folder as its `origin`.
     Raises ConfigError or DataError where the folder is not one model, whole.
     """
-    where = Path(path)
+    where = store.path(folder_or_name)
     hf, found = folder.config(where), folder.read(where)
     family = families.of_type(hf.get("model_type"))
     cfg = replace(family.read(hf, set(found)), dtype=_computes(found))

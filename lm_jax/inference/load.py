@@ -53,14 +53,20 @@ def load(path, *, say=print) -> Speaker:
     return _of_folder(folder, say)
 
 
-def _of_run(folder: Path, c: config.Config, say) -> Speaker:
+def run(folder: Path, c: config.Config, *, say=print):
+    """(step, model, tokenizer) of a run: its newest intact checkpoint, as `load` takes it."""
     tokenizer = _run_tokenizer(folder, c)
     if c.model.vocab and c.model.vocab < tokenizer.vocab:
         raise ConfigError(f"{folder} has a model of {c.model.vocab} tokens and a tokenizer of {tokenizer.vocab}: its "
                           "data are another run's; bring back those that it was trained on")
     cfg = replace(c.model, vocab=c.model.vocab or tokenizer.vocab)
     cfg = replace(cfg, dtype="float32") if parallel.on_cpu() else cfg
-    step, model = _newest(folder, c, cfg, say)
+    return *_newest(folder, c, cfg, say), tokenizer
+
+
+def _of_run(folder: Path, c: config.Config, say) -> Speaker:
+    step, model, tokenizer = run(folder, c, say=say)
+    cfg = model.cfg
     before = () if cfg.encoder_depth else (tokenizer.bos,)
     before = tokenizer.modes[-1:] if c.data.objective == "ul2" else before  # the denoiser that goes on with a text
     stops = tokenizer.eos, tokenizer.chat["end"]

@@ -1,0 +1,124 @@
+"""A run becomes a folder that transformers reads, with its tokenizer and a card; folders go into the local hub."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from checkpoints import TOKENS, close, same_tensors
+
+from lm_jax import config, convert, hub
+from lm_jax.config import ConfigError
+from lm_jax.hub import store
+from lm_jax.inference import load
+
+ROOT = pathlib.Path(__file__).parent.parent
+COMMON = ["--config.train.steps=2", "--config.train.batch=8", "--config.data.length=32", "--config.data.vocab=420",
+          "--config.model.width=32", "--config.model.depth=2", "--config.train.eval_rows=8",
+          "--config.model.dtype=float32"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A folder of its own, a local hub in it, and no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def test_a_run_becomes_a_folder_with_tokenizer_and_card_that_says_the_same(here):
+    (here / "texts").mkdir()
+    (here / "texts/a.txt").write_text("\n\n".join(f"the {i} red foxes and {i * 7} blue ones\tran" for i in range(3000)))
+    command = [sys.executable, "-m", "lm_jax.train", f"--config={ROOT}/configs/tiny.py", "--workdir=run", *COMMON,
+               "--config.data.sources=text:texts/*.txt"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert convert.main(["convert", "run", "hub:me/foxes@v1"]) == 0
+    model = hub.load("me/foxes@v1")
+    c = config.from_dict(json.loads((here / "run/config.json").read_text()))
+    step, trained, tokenizer = load.run(here / "run", c)
+    assert step == 2
+    text = "the 5 red foxes\n and  äßé 漢字 🙂 \t\x00 unheard"
+    ids = tokenizer.encode(text)
+    close(hub.logits(model, [ids]), hub.logits(trained, [ids]), 1e-6)
+    import tokenizers
+
+    folder = hub.path("me/foxes@v1")
+    read = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert read.encode(text, add_special_tokens=False).ids == ids.tolist()
+    assert read.encode(text).ids == [tokenizer.bos, *ids.tolist()], "as documents began"
+    assert read.decode(ids.tolist()) == text
+    said = json.loads((folder / "config.json").read_text())
+    assert said["architectures"] == ["LlamaForCausalLM"] and said["bos_token_id"] == tokenizer.bos
+    card = (folder / "README.md").read_text()
+    import huggingface_hub
+
+    assert huggingface_hub.ModelCard(card).data.pipeline_tag == "text-generation"
+    manifest = json.loads((here / "run/manifest.json").read_text())
+    assert manifest["data_digest"] in card and manifest["code_revision"] in card and "nats a token" in card
+    assert convert.main(["convert", "run", "small", "--dtype=bfloat16", "--shard=50000"]) == 0
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(hub.load(here / "small"))} == {"bfloat16"}
+
+
+def test_a_folder_goes_through_as_it_is(folder, here, capsys):
+    (folder("qwen3") / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 98}}}))
+    assert convert.main(["convert", str(folder("qwen3")), "out"]) == 0
+    same_tensors(folder("qwen3"), here / "out")
+    for name in ("config.json", "tokenizer.json"):
+        assert json.loads((here / "out" / name).read_text()) == json.loads((folder("qwen3") / name).read_text())
+    assert "out: " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="pass another folder"):
+        convert.main(["convert", "out", "out"])
+    with pytest.raises(ConfigError, match="cannot be uploaded: HF_HUB_OFFLINE"):
+        convert.main(["convert", "out", "again", "--upload=me/out"])
+
+
+def test_the_local_hub_keeps_each_content_once_and_finds_it_by_name(folder, here):
+    first = store.add(folder("gpt2"), "me/gpt2")
+    again = store.add(folder("gpt2"), "me/gpt2@same")
+    assert first == again, "a revision is a digest of its content"
+    place = here / "hub/models--me--gpt2"
+    assert len(list((place / "blobs").iterdir())) == 2
+    assert (first / "model.safetensors").is_symlink() and (place / "refs/main").read_text() == first.name
+    model = hub.load("me/gpt2")
+    hub.save(model, here / "more")
+    (here / "more/generation_config.json").write_text("{}")
+    second = store.add(here / "more", "me/gpt2@later")
+    assert second != first
+    blobs = sorted((place / "blobs").iterdir())
+    assert len([blob for blob in blobs if blob.stat().st_size > 10_000]) == 1, "the same weights are there once"
+    for name in ("me/gpt2", "me/gpt2@same", f"me/gpt2@{first.name}", f"me/gpt2@{first.name[:8]}"):
+        assert hub.path(name) == first
+    assert hub.path("me/gpt2@later") == second
+    assert set(store.names()) == {"me/gpt2", "me/gpt2@later", "me/gpt2@same"}
+    close(hub.logits(hub.load("me/gpt2@later"), [TOKENS]), hub.logits(model, [TOKENS]), 1e-7)
+
+
+def test_huggingface_hub_reads_what_the_local_hub_holds(folder, here):
+    import huggingface_hub
+
+    store.add(folder("bert"), "me/bert@v2")
+    found = huggingface_hub.snapshot_download("me/bert", revision="v2", cache_dir=here / "hub", local_files_only=True)
+    assert found == str(hub.path("me/bert@v2"))
+    info = huggingface_hub.scan_cache_dir(here / "hub")
+    assert not info.warnings and [repo.repo_id for repo in info.repos] == ["me/bert"]
+
+
+@pytest.mark.parametrize("name, said", [
+    ("me/bart", "nearest is 'me/bert'"), ("me/bert@v9", "nearest is 'me/bert'"),
+    ("bert", "neither a folder nor a name"), ("me/../bert", "neither a folder nor a name"),
+    ("me/bert@../main", "neither a folder nor a name"), ("/me/bert", "neither a folder nor a name")])
+def test_a_name_that_is_not_here_is_told_the_nearest(name, said, folder):
+    store.add(folder("bert"), "me/bert")
+    with pytest.raises(ConfigError, match=said):
+        hub.load(name)
+
+
+def test_what_is_no_model_is_not_put_into_the_hub(here):
+    (here / "empty").mkdir()
+    with pytest.raises(ConfigError, match="has no config.json"):
+        store.add(here / "empty", "me/empty")
