@@ -75,7 +75,7 @@ def points(path: str, base: ml_collections.ConfigDict) -> list[Point]:
 
     One ConfigError lists all that cannot run, and those that are equal.
     """
-    functions = runpy.run_path(path)
+    functions = runpy.run_path(path.split(":")[0])  # what follows a colon is the argument of get_config
     if "get_points" not in functions:
         raise ConfigError(f"{path} has no get_points(c): a sweep's config says what varies, as a list of overrides "
                           "such as {'optim.lr': 1e-3}; without it, it is a config for python -m lm_jax.train")
