@@ -98,6 +98,6 @@ def test_metrics_end_where_a_run_resumes(tmp_path):
         assert run.keep_metrics(5)[0] == 3
         assert [json.loads(line) for line in run.metrics.read_text().splitlines()] == rows[:5] + rows[7:]
     assert run.keep_metrics(5)[0] == 0
-    assert run.keep_metrics(5, evaluated=3) == 1
+    assert run.keep_metrics(5, evaluated=3)[0] == 1
     assert [json.loads(line) for line in run.metrics.read_text().splitlines()] == rows[:5]
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
