@@ -134,8 +134,8 @@ class Clock:
         return max(LEAST, TIMES * statistics.median(self._steps)) if self._steps else LIMITS["compile"]
 
     def _end(self, phase, late):
-        said = (f"error: nothing has happened for {late:.0f} s in phase {phase!r}: this process hangs and ends with code "
-                f"{HUNG}; the same command goes on from the last checkpoint. Stacks of its threads:")
+        said = (f"error: nothing has happened for {late:.0f} s in phase {phase!r}: this process hangs and ends with "
+                f"code {HUNG}; the same command goes on from the last checkpoint. Stacks of its threads:")
         print(said, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr)
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Who trains in a folder, said in the folder itself: where hosts share a bucket, a lock of one is unknown to the others.
+"""Who trains in a folder, said in the folder itself: hosts that share a bucket do not know of each other's locks.
 
     <workdir>/lease     {"host", "name", "process", "beats"}, written anew every `BEAT` seconds
 

@@ -80,7 +80,8 @@ class Meter:
         flops = self.flops / seconds
         peak = peak_flops(jax.devices()[0].device_kind)
         mfu = {"mfu": flops / (peak * jax.device_count())} if peak else {}
-        return {"seconds": seconds, "goodput": self.clock.account()["goodput"], "tokens_per_second": self.tokens / seconds, "flops_per_second": flops, **mfu,
+        return {"seconds": seconds, "goodput": self.clock.account()["goodput"],
+                "tokens_per_second": self.tokens / seconds, "flops_per_second": flops, **mfu,
                 "data_wait": wait, "data_wait_fraction": min(wait / seconds, 1.0), **peak_memory()}
 
 
