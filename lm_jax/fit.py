@@ -3,9 +3,9 @@
     python -m lm_jax.fit runs.jsonl --predict 1e24
 
 The table is a runs.jsonl of a sweep or anybody's CSV with params, tokens, loss (flops, unique_tokens, epochs, seed,
-run, lr, batch, tokenizer, excluded). In the folder --out, law.json names every law with its parameters, intervals and
-warnings, and report.html shows them, with the figures that are in figures/ too. Exit codes: 0 done, 2 the data cannot
-carry what was asked, 77 the table is damaged.
+run, lr, batch, tokenizer, excluded); a sweep's training curves are read from points/ beside it. In the folder --out,
+law.json names every law with its parameters, intervals and warnings, and report.html shows them, with the figures that
+are in figures/ too. Exit codes: 0 done, 2 the data cannot carry what was asked, 77 the table is damaged.
 """
 
 import argparse

@@ -106,7 +106,7 @@ def residuals(s: Subject):
         axes.plot(*_running(x, percent), color=OTHER, linewidth=2, label="median of neighbours")
         style.log_axis(axes.xaxis, column, s.ends)
     grid[0].set_ylabel("observed loss above the law, %")
-    style.legend(grid[0], loc="upper left")
+    style.legend(grid[0])
     figure.suptitle(f"residuals of {s.law}: half of them within {np.median(np.abs(percent)):.2g} %, "
                     f"R² {s.fit.r2:.4f}")
     return figure, ("A law that suits leaves no trend: the line of medians stays near zero. A bend at one end says "
