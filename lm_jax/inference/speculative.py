@@ -84,54 +84,54 @@ def _speculate(model, draft, batch, rules, keys_B, stops_A, *, length, ahead, vo
 
 def _round(model, draft, end_B1, rules, keys_B, stops_A, state: _State, *, length, ahead, vocab) -> _State:
     """One draft, and of it and what follows it as much as the model's law allows."""
-    written_B, at = state.made.lengths_B, state.cache.at
-    places_B1 = end_B1["positions"] + written_B[:, None] - 1
-    tokens, histories, laws, draft_cache = [state.newest_B], [state.history], [], state.draft_cache
-    for j in range(ahead + 1):  # the last time only to be remembered
-        step = end_B1 | {"tokens": tokens[j][:, None], "positions": places_B1 + j}
-        x_B1D, draft_cache, _ = draft.hidden(step, cache=draft_cache)
-        if j < ahead:
-            laws.append(law(words(draft.logits(x_B1D)[:, 0], vocab), rules, histories[j]))
-            tokens.append(draw(laws[j], _keys(keys_B, written_B + j, 0)))
-            histories.append(state.history and histories[j].add(tokens[j + 1], ~state.done_B))
-    tokens_BT = jnp.stack(tokens, 1)
-    widen = lambda a_B1: jnp.broadcast_to(a_B1, tokens_BT.shape)
-    step = jax.tree.map(widen, end_B1) | {"tokens": tokens_BT, "positions": places_B1 + jnp.arange(ahead + 1)}
-    x_BTD, cache, _ = model.hidden(jax.tree.map(lambda a: parallel.constrain(a, "BT"), step), cache=state.cache)
-    logits_BTV = parallel.constrain(model.logits(x_BTD), "BSA")
-    logits = [words(logits_BTV[:, j], vocab) for j in range(ahead + 1)]
-    model_laws = [law(logits[j], rules, histories[j]) for j in range(ahead + 1)]
-    kept_B = _kept(model_laws, laws, tokens, keys_B, written_B)
-    next_B = _next(model_laws, laws, kept_B, keys_B, written_B)
-    index_T = jnp.arange(ahead + 1)
-    new_BT = jnp.where(index_T == kept_B[:, None], next_B[:, None], jnp.roll(tokens_BT, -1, axis=1))
-    logprobs_BT = jnp.stack([chosen(jax.nn.log_softmax(logits[j]), new_BT[:, j]) for j in range(ahead + 1)], 1)
-    go_on_B = ~state.done_B
+    written_B, at, go_on_B = state.made.lengths_B, state.cache.at, ~state.done_B
+    places_B1 = end_B1["positions"] + written_B[:, None]
+
+    def drafted(carry, j):
+        """The token after the newest; the last time only what was drafted last is remembered."""
+        token_B, history, cache = carry
+        step = end_B1 | {"tokens": token_B[:, None], "positions": places_B1 + j}
+        x_B1D, cache, _ = draft.hidden(step, cache=cache)
+        law_BV = law(words(draft.logits(x_B1D)[:, 0], vocab), rules, history)
+        next_B = draw(law_BV, _keys(keys_B, written_B + j, 0))
+        return (next_B, history and history.add(next_B, go_on_B), cache), (token_B, law_BV, history)
+
+    start = state.newest_B, state.history, state.draft_cache
+    (_, _, draft_cache), (tokens_AB, q_ABV, history_A) = jax.lax.scan(drafted, start, jnp.arange(ahead + 1))
+    read = jax.tree.map(lambda a_B1: parallel.constrain(jnp.broadcast_to(a_B1, tokens_AB.T.shape), "BT"), end_B1)
+    places = {"tokens": tokens_AB.T, "positions": places_B1 + jnp.arange(ahead + 1)}
+    x_BTD, cache, _ = model.hidden(read | jax.tree.map(lambda a_BT: parallel.constrain(a_BT, "BT"), places),
+                                   cache=state.cache)
+    logits_ABV = jnp.moveaxis(parallel.constrain(model.logits(x_BTD), "BSA"), 1, 0)
+    logits_ABV = jax.lax.map(lambda logits_BV: words(logits_BV, vocab), logits_ABV)
+    p_ABV = jax.lax.map(lambda pair: jax.nn.softmax(law(pair[0], rules, pair[1])), (logits_ABV, history_A))
+    q_ABV = jax.nn.softmax(q_ABV)
+    kept_B = _kept(p_ABV, q_ABV, tokens_AB, keys_B, written_B)
+    next_B = _next(p_ABV, q_ABV, kept_B, keys_B, written_B)
+    new_AB = jnp.where(jnp.arange(ahead + 1)[:, None] == kept_B, next_B, jnp.roll(tokens_AB, -1, axis=0))
+    logprobs_AB = jax.vmap(chosen)(jax.nn.log_softmax(logits_ABV), new_AB)
     made = state.made._replace(drafted_B=state.made.drafted_B + ahead * go_on_B,
                                kept_B=state.made.kept_B + kept_B * go_on_B)
-    used = jnp.where(state.done_B, 0, kept_B).max() + 1
+    used = jnp.where(go_on_B, kept_B, 0).max() + 1
     state = dataclasses.replace(state, made=made, cache=_cut(cache, at, kept_B, used),
                                 draft_cache=_cut(draft_cache, at, kept_B, used))
-    return _append(state, new_BT, logprobs_BT, kept_B + 1, stops_A, length)
+    return _append(state, new_AB.T, logprobs_AB.T, kept_B + 1, stops_A, length)
 
 
-def _kept(model_laws, laws, tokens, keys_B, written_B):
+def _kept(p_ABV, q_ABV, tokens_AB, keys_B, written_B):
     """How many tokens of each row's draft stand: up to the first that min(1, p / q) does not let."""
-    stands_B, kept_B = jnp.ones_like(written_B, bool), jnp.zeros_like(written_B)
-    for j, (q_BV, p_BV) in enumerate(zip(laws, model_laws)):
-        p_B, q_B = (chosen(jax.nn.softmax(one), tokens[j + 1]) for one in (p_BV, q_BV))
-        uniform_B = jax.vmap(jax.random.uniform)(_keys(keys_B, written_B + j, 1))
-        stands_B &= uniform_B * q_B < p_B
-        kept_B += stands_B
-    return kept_B
+    p_AB, q_AB = (jax.vmap(chosen)(one[:-1], tokens_AB[1:]) for one in (p_ABV, q_ABV))
+    uniform = lambda j: jax.vmap(jax.random.uniform)(_keys(keys_B, written_B + j, 1))
+    falls_AB = jax.vmap(uniform)(jnp.arange(len(p_AB))) * q_AB >= p_AB
+    return (jnp.cumsum(falls_AB, 0) == 0).sum(0)
 
 
-def _next(model_laws, laws, kept_B, keys_B, written_B):
+def _next(p_ABV, q_ABV, kept_B, keys_B, written_B):
     """The token after what was kept: of what p has over q where a drafted one fell, of p after a whole draft."""
-    pick = lambda each: sum(jnp.where((kept_B == j)[:, None], one, 0) for j, one in enumerate(each))
-    p_BV = pick(list(map(jax.nn.softmax, model_laws)))
-    q_BV = pick([*map(jax.nn.softmax, laws), jnp.zeros_like(p_BV)])
-    return draw(jnp.log(jnp.maximum(p_BV - q_BV, 0)), _keys(keys_B, written_B + kept_B, 2))
+    here_AB = jnp.arange(len(p_ABV))[:, None] == kept_B
+    over_ABV = p_ABV - q_ABV.at[-1].set(0)
+    over_BV = jnp.where(here_AB[..., None], jnp.maximum(over_ABV, 0), 0).sum(0)
+    return draw(jnp.log(over_BV), _keys(keys_B, written_B + kept_B, 2))
 
 
 def _append(state: _State, new_BT, logprobs_BT, count_B, stops_A, length) -> _State:
