@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from ml_collections import config_flags
 
-from lm_jax import config, errors, hosts, parallel
+from lm_jax import config, errors, hosts, parallel, signals
 from lm_jax.checkpoint import Checkpoints
 from lm_jax.clock import Clock
 from lm_jax.errors import ConfigError
@@ -32,10 +32,11 @@ def main(argv):
     hosts.start(values.coordinator, values.processes, values.process)
     points = asked(sweep.points(config_flags.get_config_filename(values["config"]), values.config), values)
     mesh, out, statuses = parallel.use(c.mesh), Path(values.out), set()
-    for batch, stack in batches(points, out):
-        statuses |= trained(batch, out, mesh, stack=stack)
-        if "stopped" in statuses:
-            break
+    with signals.ending():
+        for batch, stack in batches(points, out):
+            statuses |= trained(batch, out, mesh, stack=stack)
+            if "stopped" in statuses:
+                break
     status = next((status for status in ("stopped", "diverged") if status in statuses), "ok")
     hosts.exchange("end", status)
     return EXIT[status]

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import jax
 
-from lm_jax import config, errors, hosts, parallel
+from lm_jax import config, errors, hosts, parallel, signals
 from lm_jax.clock import Clock, age
 from lm_jax.recipes import report, run
 from lm_jax.workdir import Workdir
@@ -29,7 +29,7 @@ def main(argv):
     hosts.same(config=config.digest(config.to_dict(shared)))
     mesh = parallel.use(c.mesh)
     workdir = Workdir(values.workdir, writes=jax.process_index() == 0)
-    with Clock(age()) as clock:
+    with signals.ending(), Clock(age()) as clock:
         recipe = run.opened(c, workdir, clock, hosts.mark())
         summary, sample = run.train(recipe, workdir, clock, mesh, start=values.start)
     if workdir.writes:

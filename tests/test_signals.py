@@ -1,0 +1,48 @@
+"""A signal is honoured whatever a run is doing: exit 75, nothing lost, and the same command goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from test_clock import SETTINGS
+
+# A run that tells when it has come to a function, and stays there for a while.
+PAUSED = """
+import sys, time
+from lm_jax import checkpoint, errors, train
+from lm_jax.data import store
+from lm_jax.models import transformer
+from lm_jax.recipes import pretrain, report
+place, name = {place}, {name!r}
+whole = getattr(place, name)
+def paused(*args, **more):
+    print("here", flush=True)
+    time.sleep(30)
+    return whole(*args, **more)
+setattr(place, name, paused)
+errors.run(train.main)
+"""
+PHASES = {"data": ("store", "prepare"), "build": ("transformer", "make"), "restore": ("checkpoint.Checkpoints", "restore"),
+          "evaluation": ("pretrain.Evaluation", "_sum"), "sample": ("report", "sampled")}
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_every_phase_ends_with_75_and_the_same_command_goes_on(tmp_path, sent):
+    argv = [*SETTINGS, f"--workdir={tmp_path}/run", f"--config.data.root={tmp_path}/data"]
+    for place, name in PHASES.values():
+        process = subprocess.Popen([sys.executable, "-c", PAUSED.format(place=place, name=name), *argv], text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while (line := process.stdout.readline()) != "here\n":
+            assert line, process.stderr.read()
+        process.send_signal(sent)
+        _, said = process.communicate(timeout=20)
+        assert process.returncode == 75, (name, said)
+        assert "the same command goes on" in said and "Traceback" not in said, name
+    again = subprocess.run([sys.executable, "-m", "lm_jax.train", *argv], text=True, capture_output=True)
+    assert again.returncode == 0, again.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "ok" and summary["steps"] == 20
+    steps = [row["step"] for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if "loss" in row]
+    assert steps == list(range(1, 21)), "every step is there once"
