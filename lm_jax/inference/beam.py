@@ -37,8 +37,6 @@ def search(model, batch: Batch, *, beams: int, length: int, stop=(), length_pena
     """
     if beams < 1:
         raise ConfigError(f"beams={beams}: at least 1")
-    if beams > (vocab or model.cfg.vocab):
-        raise ConfigError(f"beams={beams} of {vocab or model.cfg.vocab} tokens: at most as many as there are tokens")
     _, stops_A = asked(model, batch, Sampler(0), length=length, stop=stop, vocab=vocab)
     return _search(model, batch, stops_A, jnp.float32(length_penalty), beams=beams, length=length, vocab=vocab)
 
@@ -77,7 +75,7 @@ def _search(model, batch, stops_A, penalty, *, beams, length, vocab):
     state = _State(jnp.int32(0), nothing.tokens_BWT, sums_BW, nothing, cache)
     state = _grown(model, state, wide(last_B1D), stops_A, penalty, vocab)
     state = jax.lax.while_loop(more, write, state)
-    scores_BW = state.sums_BW / state.written.astype(jnp.float32)**penalty
+    scores_BW = _scores(state.sums_BW, state.written, penalty)
     return _best(state.ended, Beams(state.alive_BWT, jnp.full((B, W), state.written), scores_BW))
 
 
@@ -101,11 +99,14 @@ def _grown(model, state: _State, hidden_B1D, stops_A, penalty, vocab) -> _State:
         return jax.lax.dynamic_update_slice_in_dim(tokens_BWT, newest_BW1, state.written, 2), sums_BW, from_BW
 
     tokens_BWT, sums_BW, _ = taken(jnp.where(stops_BA, sums_BA, NEVER))
-    scores_BW = jnp.where(sums_BW > NEVER / 2, sums_BW / written.astype(jnp.float32)**penalty, NEVER)
-    ended = _best(state.ended, Beams(tokens_BWT, jnp.full((B, W), written), scores_BW))
+    ended = _best(state.ended, Beams(tokens_BWT, jnp.full((B, W), written), _scores(sums_BW, written, penalty)))
     alive_BWT, sums_BW, from_BW = taken(jnp.where(stops_BA, NEVER, sums_BA))
     rows = (jnp.arange(B)[:, None] * W + from_BW).reshape(-1)
     return _State(written, alive_BWT, sums_BW, ended, _reordered(state.cache, lambda a_B: _rows(a_B, rows)))
+
+
+def _scores(sums_BW, length, penalty):
+    return jnp.where(sums_BW > NEVER / 2, sums_BW / length.astype(jnp.float32)**penalty, NEVER)
 
 
 def _best(one: Beams, other: Beams) -> Beams:

@@ -1,0 +1,85 @@
+"""Beam search: one as wide as all texts finds the best of them, a narrow one what its definition finds."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm_jax.config import ConfigError
+from lm_jax.inference import beam
+from tests import tiny
+
+V, LENGTH, STOPS = 4, 4, (2,)
+PROMPTS = [[1, 3, 0], [2, 1], [3]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model(vocab=V, width=16, heads=2, hidden=32, depth=1, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def logprobs(model):
+    """For each prompt, of every text: the log-probability of each of its tokens."""
+    texts = list(itertools.product(range(V), repeat=LENGTH))
+    forward = jax.jit(lambda model, batch: jax.nn.log_softmax(model(batch)))
+    found = []
+    for prompt in PROMPTS:
+        rows = forward(model, batch([prompt + list(text) for text in texts]))[:, len(prompt) - 1:]
+        each = zip(texts, np.array(rows))
+        found.append({text: [float(row[i, id]) for i, id in enumerate(text)] for text, row in each})
+    return found
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.5, -1.0])
+def test_a_search_as_wide_as_all_texts_finds_the_best(model, logprobs, penalty):
+    """27 beams hold every text of three tokens that goes on."""
+    found = beam.search(model, batch(PROMPTS), beams=27, length=LENGTH, stop=STOPS, length_penalty=penalty)
+    for row, of_texts in enumerate(logprobs):
+        scores = {}
+        for text, each in of_texts.items():
+            n = next((i + 1 for i, id in enumerate(text) if id in STOPS), LENGTH)
+            scores[text[:n]] = sum(each[:n]) / n**penalty
+        best = sorted(scores, key=scores.get, reverse=True)[:27]
+        np.testing.assert_allclose(found.scores_BW[row], [scores[text] for text in best], atol=1e-4)
+        assert written(found, row, 0) == best[0]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_a_narrow_search_is_the_definition(model, logprobs, penalty):
+    found = beam.search(model, batch(PROMPTS), beams=2, length=LENGTH, stop=STOPS, length_penalty=penalty)
+    for row, of_texts in enumerate(logprobs):
+        expected = by_definition(of_texts, 2, penalty)
+        assert [written(found, row, beam) for beam in range(2)] == [text for _, text in expected]
+        np.testing.assert_allclose(found.scores_BW[row], [score for score, _ in expected], atol=1e-4)
+
+
+def test_a_search_without_beams_is_refused(model):
+    with pytest.raises(ConfigError, match="beams=0"):
+        beam.search(model, batch(PROMPTS), beams=0, length=2)
+
+
+def by_definition(of_texts, beams, penalty):
+    """(score, text) of the best two, by lists and sorting."""
+    alive, ended = [(0.0, ())], []
+    for n in range(1, LENGTH + 1):
+        grown = [(value, text) for _, prefix in alive for text, value in
+                 {text[:n]: sum(each[:n]) for text, each in of_texts.items() if text[:n - 1] == prefix}.items()]
+        grown.sort(reverse=True)
+        ended += [(value / n**penalty, text) for value, text in grown if text[-1] in STOPS][:beams]
+        alive = [(value, text) for value, text in grown if text[-1] not in STOPS][:beams]
+    ended += [(value / LENGTH**penalty, text) for value, text in alive]
+    return sorted(ended, reverse=True)[:beams]
+
+
+def written(found, row, beam):
+    return tuple(int(id) for id in found.tokens_BWT[row, beam, :found.lengths_BW[row, beam]])
+
+
+def batch(rows):
+    T = max(map(len, rows))
+    fill = lambda each: jnp.asarray([list(row) + [0] * (T - len(row)) for row in each], jnp.int32)
+    return {"tokens": fill(rows), "positions": fill([range(len(row)) for row in rows]),
+            "segments": fill([[1] * len(row) for row in rows])}
