@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 
-import pytest
 from test_clock import SETTINGS
 
 # A run that tells when it has come to a function, and stays there for a while.
@@ -24,14 +23,14 @@ def paused(*args, **more):
 setattr(place, name, paused)
 errors.run(train.main)
 """
-PHASES = {"data": ("store", "prepare"), "build": ("transformer", "make"), "restore": ("checkpoint.Checkpoints", "restore"),
-          "evaluation": ("pretrain.Evaluation", "_sum"), "sample": ("report", "sampled")}
+PHASES = [("store", "prepare", signal.SIGTERM), ("transformer", "make", signal.SIGINT),
+          ("checkpoint.Checkpoints", "restore", signal.SIGTERM), ("pretrain.Evaluation", "_sum", signal.SIGTERM),
+          ("report", "sampled", signal.SIGINT)]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_every_phase_ends_with_75_and_the_same_command_goes_on(tmp_path, sent):
+def test_every_phase_ends_with_75_and_the_same_command_goes_on(tmp_path):
     argv = [*SETTINGS, f"--workdir={tmp_path}/run", f"--config.data.root={tmp_path}/data"]
-    for place, name in PHASES.values():
+    for place, name, sent in PHASES:
         process = subprocess.Popen([sys.executable, "-c", PAUSED.format(place=place, name=name), *argv], text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while (line := process.stdout.readline()) != "here\n":
