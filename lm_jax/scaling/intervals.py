@@ -109,8 +109,9 @@ class _Path:
 
         with np.errstate(all="ignore"):
             z = minimize(pulled, z, jac=True, method="BFGS", options={"gtol": 0.01, "maxiter": 60}).x
-        theta = place(z)
-        return float(self.log(theta)) - self.centre, self.scale * (self.problem.objective(theta) - self.best), z
+            theta = place(z)
+            rise = self.scale * (self.problem.objective(theta) - self.best)
+            return float(self.log(theta)) - self.centre, rise, z
 
 
 def _crossing(path: _Path, sign: int, limit: float) -> float:
