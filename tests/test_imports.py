@@ -14,8 +14,8 @@ FILES = sorted((ROOT / "lm_jax").rglob("*.py"))
 # From the bottom up. A module may import what is below it and the rest of its own package.
 LAYERS = (
     ("errors", "checks", "disk", "devices"),
-    ("config",),
-    ("parallel", "batch", "seal", "lease", "workdir", "signals", "clock"),
+    ("config", "lease"),
+    ("parallel", "batch", "seal", "workdir", "signals", "clock"),
     ("data", "models", "hosts"),
     ("losses", "surgery", "optim", "checkpoint", "log", "plots", "hub"),
     ("meter",),
