@@ -49,7 +49,8 @@ def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m lm_jax.generate", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="a run's folder, or one as transformers saves it")
+    add("--model", required=True, metavar="FOLDER",
+        help="of a run, or as transformers saves it; or a name in the local hub")
     add("--prompt", action="append", default=[], help="may be given again; - is all of standard input")
     add("--prompts", metavar="FILE", help="a prompt a line; - is standard input")
     add("--chat", action="store_true", help="a conversation, a line of standard input at a time")

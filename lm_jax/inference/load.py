@@ -41,8 +41,8 @@ class Speaker:
 
 
 def load(path, *, say=print) -> Speaker:
-    """The model of a folder, on the mesh in use: of a run its newest intact checkpoint, with the average of its weights
-    where one is kept. On CPUs it computes in float32, which is faster there and no less exact.
+    """The model of a folder, or of a name in the local hub, on the mesh in use: of a run its newest intact checkpoint,
+    with the average of its weights where one is kept. On CPUs it computes in float32, faster there and no less exact.
 
     ConfigError names what is missing; of a run that has saved nothing yet, when it will.
     """
@@ -50,7 +50,7 @@ def load(path, *, say=print) -> Speaker:
     record = disk.read_json(folder / "config.json") if folder.is_dir() else None
     if isinstance(record, dict) and "train" in record:
         return _of_run(folder, config.from_dict(record), say)
-    return _of_folder(folder, say)
+    return _of_folder(hub.path(path), say)
 
 
 def run(folder: Path, c: config.Config, *, say=print):

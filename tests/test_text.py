@@ -1,0 +1,90 @@
+"""Text comes out as it is written, never half a character, and of each prompt as if it were alone."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lm_jax.config import ConfigError
+from lm_jax.inference import text
+from lm_jax.inference.load import load
+from lm_jax.inference.sample import Sampler
+from tests import speakers
+
+GREEDY = Sampler(temperature=0)
+WORDS = "naïve 漢字 🙂 end"
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    c = speakers.settings()
+    folder = speakers.run(tmp_path_factory.mktemp("text") / "run", c, {10: {"params": speakers.parameters(c)}})
+    return load(folder)
+
+
+def test_no_piece_ends_inside_a_character(speaker):
+    ids = [int(id) for id in speaker.tokenizer.encode(WORDS)]
+    writer = text.Writer(speaker, [], [], len(ids))
+    pieces = [writer.read(np.array(ids[:n + 1]), np.zeros(n + 1)) for n in range(len(ids))]
+    assert "".join(pieces) == WORDS == writer.answer.text and not any("\ufffd" in piece for piece in pieces)
+    assert pieces[:4] == ["n", "a", "", "ï"] and writer.answer.ended == "length"
+
+
+def test_bytes_that_are_no_character_come_out_at_last(speaker):
+    first = speaker.tokenizer.encode("a")[0] - ord("a")
+    ids = [first + byte for byte in (0xe6, 0xe6, 0xe6, 0xe6, 0xe6)]
+    writer = text.Writer(speaker, [], [], 5)
+    pieces = [writer.read(np.array(ids[:n + 1]), np.zeros(n + 1)) for n in range(5)]
+    assert "".join(pieces) == "\ufffd" * 5 and pieces[3] and pieces[4]  # not held back for ever
+
+
+@pytest.mark.parametrize("stop, shown", [(["字 🙂"], "naïve 漢"), (["ve", "ïve"], "na"), (["🙂 x"], WORDS),
+                                         (["d"], WORDS[:-1])])
+def test_a_stop_string_is_never_shown_not_even_its_beginning(speaker, stop, shown):
+    ids = [int(id) for id in speaker.tokenizer.encode(WORDS)]
+    writer, pieces = text.Writer(speaker, [], stop, len(ids)), []
+    for n in range(3, len(ids) + 3, 3):  # tokens come in threes
+        if writer.answer is None:
+            pieces.append(writer.read(np.array(ids[:n]), np.zeros(n)))
+    answer = writer.answer
+    assert "".join(pieces) == answer.text == shown
+    spelt = speaker.tokenizer.decode(answer.ids)
+    assert answer.ended == ("length" if shown == WORDS else "stop") and spelt.startswith(shown)
+    assert shown == WORDS or any(spelt.endswith(word) for word in stop)  # the ids end with the one that completes it
+
+
+def test_a_stream_is_the_answer_and_an_answer_is_its_prompts_own(speaker):
+    """Several prompts side by side, each with its seed and sampler, and one of them alone."""
+    prompts, samplers = ["one", "", "two and three"], [Sampler(), GREEDY, Sampler(0.8, top_k=20)]
+    knobs = dict(length=11, seed=[5, 6, 7])
+    pieces = {row: "" for row in range(3)}
+    for row, new, answer in text.stream(speaker, prompts, samplers, **knobs):
+        pieces[row] += new
+    answers = text.answers(speaker, prompts, samplers, **knobs)
+    assert [answer.text for answer in answers] == list(pieces.values())
+    alone = text.answers(speaker, prompts[2:], samplers[2:], length=11, seed=7)
+    assert alone[0].ids == answers[2].ids and len(alone[0].logprobs) == len(alone[0].ids)
+    np.testing.assert_allclose(alone[0].logprobs, answers[2].logprobs, atol=1e-4)
+    assert text.answers(speaker, prompts[2:], samplers[2:], length=11, seed=8)[0].ids != alone[0].ids
+    assert text.answers(speaker, []) == []
+
+
+def test_an_answer_ends_before_a_stop_string(speaker):
+    first = int(speaker.tokenizer.encode("a")[0]) - ord("a")
+    letters = Sampler(logit_bias={id: -np.inf for id in range(384) if not 97 <= id - first < 123})
+    free = text.answers(speaker, ["one"], letters, length=24)[0]
+    word = free.text[5:8]
+    cut = text.answers(speaker, ["one"], letters, length=24, stop=[word])[0]
+    assert cut.text == free.text[:free.text.index(word)] and cut.ended == "stop"
+    assert cut.ids == free.ids[:len(cut.ids)]
+
+
+def test_a_prompt_that_cannot_be_is_named(speaker):
+    with pytest.raises(ConfigError, match="id 999 and the model 384 tokens"):
+        text.answers(speaker, [[1, 999]])
+    with pytest.raises(ConfigError, match="prompt \\[\\] is empty"):
+        text.answers(speaker, [[]])
+    with pytest.raises(ConfigError, match="prompt '' is empty"):
+        text.answers(dataclasses.replace(speaker, before=()), [""])
+    with pytest.raises(ConfigError, match="2 seeds for 1 prompts"):
+        text.answers(speaker, ["x"], seed=[1, 2])
