@@ -4,18 +4,21 @@
 
 The same command goes on where the last one ended. The folder (`--workdir`, default runs/<config name>) gets
 config.json, manifest.json, metrics.jsonl, checkpoints/, plots/loss.png and summary.json. With `--start` a run begins as
-another that differs in its length alone, and is bit for bit what it would be by itself. Exit codes: 0 done, 2 the
+another that differs in its length alone, and is bit for bit what it would be by itself. `--doctor=RUN`, alone, says
+what a run's folder is, whether it is whole, and what a restart would do. Exit codes: 0 done, 2 the
 config cannot run, 74 no room on a disk, 75 stopped by a signal and saved, 76 hung, 77 data are damaged, 78 diverged, 79 no
 checkpoint is intact.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 
 from lm_jax import config, errors, hosts, parallel, signals
 from lm_jax.clock import Clock, age
-from lm_jax.recipes import report, run
+from lm_jax.errors import ConfigError
+from lm_jax.recipes import doctor, report, run
 from lm_jax.workdir import Workdir
 
 EXIT = {"ok": 0, "stopped": 75, "diverged": 78}
@@ -23,6 +26,8 @@ START = "folder of a run to begin as: one that differs in its length alone, befo
 
 
 def main(argv):
+    if any(argument.startswith("--doctor") for argument in argv):
+        return examined(argv)
     c, values = config.parse(argv, doc=__doc__, start=START, **hosts.FLAGS)
     hosts.start(values.coordinator, values.processes, values.process)
     shared = replace(c, data=replace(c.data, root=""))  # each machine may have a folder of its own
@@ -36,6 +41,16 @@ def main(argv):
         print(f"{sample}\n\n{report.closing(summary, workdir, argv)}".strip())
     hosts.exchange("end", summary["status"])  # JAX gives up whoever comes to an end long before the others
     return EXIT[summary["status"]]
+
+
+def examined(argv) -> int:
+    """Say what there is to say of a run's folder; the code that a restart would end with at once, or 0."""
+    flag, _, folder = argv[1].partition("=")
+    if len(argv) != 2 or flag != "--doctor" or not folder:
+        raise ConfigError("--doctor=RUN stands alone: it reads a run's folder and changes nothing")
+    lines, code = doctor.report(Path(folder))
+    print("\n".join(lines))
+    return code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""What the doctor says of a folder is what a restart then does."""
+
+import json
+import shutil
+
+import pytest
+from test_trainer import run
+
+from lm_jax import train
+from lm_jax.errors import ConfigError
+from lm_jax.workdir import Workdir
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run(folder, stop_at=5)
+    return folder
+
+
+def said(folder, capsys) -> tuple[int, str]:
+    code = train.main(["train", f"--doctor={folder}"])
+    return code, capsys.readouterr().out
+
+
+def test_a_folder_in_every_state_is_told_and_left_as_it_is(trained, tmp_path, capsys):
+    whole = tmp_path / "whole"
+    shutil.copytree(trained, whole)
+    newest = max(int(path.name) for path in (whole / "checkpoints").iterdir())
+    before = sorted(path.name for path in whole.rglob("*"))
+    code, text = said(whole, capsys)
+    assert code == 0 and f"a restart goes on from step {newest}" in text and "whole, every file" in text
+    assert sorted(path.name for path in whole.rglob("*")) == before
+
+    file = max((whole / "checkpoints" / str(newest)).rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    (whole / "metrics.jsonl").open("a").write('{"step": 9')
+    code, text = said(whole, capsys)
+    assert code == 0 and f"checkpoint {newest}: damaged" in text and "a restart goes on from step 4" in text
+    assert f"makes {newest - 4} steps again" in text
+
+    shutil.rmtree(whole / "checkpoints" / "4")
+    assert said(whole, capsys)[0] == 79
+    shutil.rmtree(whole / "checkpoints")
+    code, text = said(whole, capsys)
+    assert code == 0 and "a restart begins at the first step" in text
+
+
+def test_a_folder_in_use_and_one_that_is_none_are_told(trained, tmp_path, capsys):
+    holder = Workdir(trained)
+    holder.open(json.loads((trained / "config.json").read_text()))
+    try:
+        code, text = said(trained, capsys)
+        assert code == 2 and "in use by process" in text
+    finally:
+        holder.close()
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        said(tmp_path / "none", capsys)
+    with pytest.raises(ConfigError, match="config.json is missing"):
+        said(tmp_path, capsys)
+    with pytest.raises(ConfigError, match="stands alone"):
+        train.main(["train", "--doctor=x", "--config=configs/tiny.py"])
