@@ -48,8 +48,7 @@ def _pieces(tokenizer: Pieces) -> dict:
 
 
 def _bytes(tokenizer: Bytes) -> dict:
-    first = len(NAMES)
-    core = {"type": "BPE", "vocab": {char: first + i for i, char in enumerate(_byte_letters())}, "merges": []}
+    core = {"type": "BPE", "vocab": {word: i for i, word in enumerate([*NAMES, *_byte_letters()])}, "merges": []}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return _spec(core, [(i, name, True) for i, name in enumerate(NAMES)], pre_tokenizer=level, decoder=level)
 
