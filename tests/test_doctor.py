@@ -32,7 +32,8 @@ def test_a_folder_in_every_state_is_told_and_left_as_it_is(trained, tmp_path, ca
     assert code == 0 and f"a restart goes on from step {newest}" in text and "whole, every file" in text
     assert sorted(path.name for path in whole.rglob("*")) == before
 
-    file = max((whole / "checkpoints" / str(newest)).rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    files = (path for path in (whole / "checkpoints" / str(newest)).rglob("*") if path.is_file())
+    file = max(files, key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     (whole / "metrics.jsonl").open("a").write('{"step": 9')
     code, text = said(whole, capsys)
