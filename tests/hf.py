@@ -37,6 +37,8 @@ MODELS = {
                                                 tie_word_embeddings=True, rope_parameters=YARN), hf.Qwen2ForCausalLM),
     "qwen3": (hf.Qwen3Config, SMALL | dict(head_dim=12), hf.Qwen3ForCausalLM),
     "gpt2": (hf.GPT2Config, GPT2, hf.GPT2LMHeadModel),
+    "gpt2-odd": (hf.GPT2Config, GPT2 | dict(scale_attn_weights=False, n_inner=50, activation_function="gelu",
+                                            tie_word_embeddings=False), hf.GPT2LMHeadModel),
     "gpt2-classes": (hf.GPT2Config, GPT2 | dict(num_labels=3), hf.GPT2ForSequenceClassification),
     "gpt2-tags": (hf.GPT2Config, GPT2 | dict(num_labels=3), hf.GPT2ForTokenClassification),
     "gemma2": (hf.Gemma2Config, SMALL | dict(head_dim=12, query_pre_attn_scalar=20, sliding_window=6),
@@ -45,6 +47,9 @@ MODELS = {
         head_dim=12, query_pre_attn_scalar=20, sliding_window=6, num_hidden_layers=7, rope_parameters={
             "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=1e6),
             "sliding_attention": dict(rope_type="default", rope_theta=1e4)}), hf.Gemma3ForCausalLM),
+    "gemma3-full": (hf.Gemma3TextConfig, SMALL | dict(
+        head_dim=12, attention_bias=True, final_logit_softcapping=5.0, num_hidden_layers=2,
+        layer_types=["full_attention"] * 2), hf.Gemma3ForCausalLM),
     "bert": (hf.BertConfig, BERT, hf.BertForPreTraining),
     "bert-base": (hf.BertConfig, BERT, hf.BertModel),
     "bert-mlm": (hf.BertConfig, BERT, hf.BertForMaskedLM),

@@ -39,15 +39,17 @@ def local_rope() -> Piece:
             raise ConfigError(f"config.json: rope_parameters of sliding_attention {near!r}: only those of "
                               "full_attention can be scaled")
         given = both.get("full_attention") or hf.get("rope_scaling") or {}
-        local = near.get("rope_theta", hf.get("rope_local_base_freq", 1e4))
+        slides = hf.get("sliding_window", 4096) and "sliding_attention" in hf.get("layer_types", ["sliding_attention"])
+        local = near.get("rope_theta", hf.get("rope_local_base_freq", 1e4)) if slides else 0.0
         return _rope(hf, given, hf.get("rope_theta", 1e6)) | {"rope.local_theta": float(local)}
 
     def write(cfg):
         said = _said(cfg.rope, cfg.max_length)
-        near = {"rope_type": "default", "rope_theta": cfg.rope.local_theta}
+        local = cfg.rope.local_theta or 1e4  # which no layer reads where none slides
+        near = {"rope_type": "default", "rope_theta": local}
         return {"rope_parameters": {"full_attention": said, "sliding_attention": near}, "rope_theta": cfg.rope.theta,
                 "rope_scaling": said if cfg.rope.scaling != "none" else None,
-                "rope_local_base_freq": cfg.rope.local_theta}
+                "rope_local_base_freq": local}
 
     return Piece(read, write)
 

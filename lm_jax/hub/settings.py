@@ -114,7 +114,8 @@ def window(default: int | None, *, switch: bool = False, layers: Callable[[dict,
 
     def write(cfg):
         kinds = repeated(cfg.window_pattern if cfg.window else "F", cfg.depth)
-        said = {"sliding_window": cfg.window or None}
+        unused = default if layers and not switch else None  # Gemma's is a number even where no layer reads it
+        said = {"sliding_window": cfg.window or unused}
         if switch:
             said |= {"use_sliding_window": cfg.window > 0, "max_window_layers": kinds.find("S") % (cfg.depth + 1)}
         if layers:
