@@ -73,7 +73,8 @@ V4 = {  # config.json of well-known models as version 4 wrote them, and what the
         model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], vocab_size=262144, hidden_size=1152,
         head_dim=256, intermediate_size=6912, num_hidden_layers=26, num_attention_heads=4, num_key_value_heads=1,
         sliding_window=512, sliding_window_pattern=6, query_pre_attn_scalar=256, rope_theta=1e6,
-        rope_local_base_freq=10000, max_position_embeddings=32768, rms_norm_eps=1e-6, hidden_activation="gelu_pytorch_tanh"), 999_885_952),
+        rope_local_base_freq=10000, max_position_embeddings=32768, rms_norm_eps=1e-6,
+        hidden_activation="gelu_pytorch_tanh"), 999_885_952),
     "mixtral-8x7b": (dict(
         model_type="mixtral", architectures=["MixtralForCausalLM"], vocab_size=32000, hidden_size=4096,
         intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, rope_theta=1e6,

@@ -157,6 +157,9 @@ put = lambda name, **entry: lambda header: header | {name: header[name] | entry}
     (dict(mlp_bias=True), "mlp_bias=True is not supported"),
     (dict(hidden_act="quick_gelu"), "hidden_act='quick_gelu' is not known: nearest is 'gelu'"),
     (dict(rope_parameters={"rope_type": "longrope"}), "rope_type='longrope' is not supported"),
+    (dict(rope_parameters={"rope_type": "llama3"}), "none of a model of type 'llama': KeyError('low_freq_factor')"),
+    (dict(vocab_size="many"), "none of a model of type 'llama'"),
+    (dict(train={}), "is a run's folder: `python -m lm_jax.convert"),
     (dict(num_key_value_heads=3), "model.heads=4 over model.kv_heads=3"),
 ])
 def test_what_is_no_whole_model_is_refused_with_what_is_wrong(how, said, llama):
@@ -170,7 +173,7 @@ def test_a_folder_without_a_config_or_weights_says_what_is_there(llama, tmp_path
     (llama / "config.json").unlink()
     with pytest.raises(ConfigError, match="has no config.json .model.safetensors is in it"):
         hub.load(llama)
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is neither a folder nor a name"):
         hub.load(tmp_path / "none")
     (llama / "config.json").write_text("{")
     with pytest.raises(DataError, match="is no JSON"):

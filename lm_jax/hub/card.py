@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+import lm_jax.hub.store as store
 from lm_jax import disk
-from lm_jax.hub import store
 
 TASKS = {"lm": "text-generation", "mlm": "fill-mask", "bert": "fill-mask", "classes": "text-classification",
          "tags": "token-classification", "span": "question-answering", "none": "feature-extraction"}

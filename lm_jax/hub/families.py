@@ -1,18 +1,19 @@
 """The families of published models: how each says the block's settings in config.json, and which heads it has.
 
-`of_type` finds a family by the word in config.json, `settings.settled` compares what was read with what a family can
-say, and nothing else in the library knows the name of one.
+`of_type` finds a family by the word in config.json, `of_model` the first that can say all of a model's settings;
+nothing else in the library knows the name of one.
 """
 
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 
+import lm_jax.hub.names as names
+import lm_jax.hub.ropes as ropes
+import lm_jax.hub.settings as say
 from lm_jax import checks
 from lm_jax.config import TransformerConfig
 from lm_jax.errors import ConfigError
-from lm_jax.hub import names, ropes
-from lm_jax.hub import settings as say
 from lm_jax.hub.settings import Piece, always, fixed, keys
 from lm_jax.hub.settled import build, settled
 
@@ -37,26 +38,32 @@ class Family:
 
     def read(self, hf: dict, tensors: set[str]) -> TransformerConfig:
         """The model that a config.json and the names of its tensors say."""
-        found = {"head": self.head(hf)}
-        for piece in self.pieces:
-            found |= piece.read(hf)
-        found |= {"pooler": self.pools.get(found["head"], "none")} 
-        found |= self.seen(tensors, found["head"])
-        if found["head"] in ("classes", "tags", "span"):
-            found["labels"] = len(hf.get("id2label") or ()) or hf.get("num_labels") or 2
-        if found["head"] not in say.OVER_WORDS:
-            found["tied"] = True
-        cfg = build(found)
-        if problems := list(checks.model(cfg)):
+        head = self.head(hf)
+        found = {"head": head, "pooler": self.pools.get(head, "none")}
+        try:
+            for piece in self.pieces:
+                found |= piece.read(hf)
+            found |= self.seen(tensors, head)
+            if head in self.labels:
+                found["labels"] = len(hf.get("id2label") or ()) or hf.get("num_labels") or 2
+            if head not in say.OVER_WORDS:
+                found["tied"] = True
+            cfg = build(found)
+            problems = list(checks.model(cfg))
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:  # values of other kinds
+            raise ConfigError(f"config.json is none of a model of type {self.kind!r}: {error!r}") from error
+        if problems:
             raise ConfigError("config.json says what no model can be:\n  " + "\n  ".join(problems))
         return cfg
 
     def write(self, cfg: TransformerConfig) -> dict:
-        """The config.json of a model; `says` tells whether it is the whole truth."""
+        """The config.json of a model; `lacks` tells what it leaves out."""
         hf = {"architectures": [self.classes.get(cfg.head)], "model_type": self.kind}
         for piece in self.pieces:
             hf |= piece.write(cfg)
-        if cfg.head in ("classes", "tags", "span"):
+        if cfg.head in self.labels:
             labels = [f"LABEL_{i}" for i in range(cfg.sizes["C"])]
             hf |= {"id2label": {str(i): label for i, label in enumerate(labels)},
                    "label2id": {label: i for i, label in enumerate(labels)}}

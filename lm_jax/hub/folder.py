@@ -5,9 +5,9 @@ import re
 import shutil
 from pathlib import Path, PurePosixPath
 
+import lm_jax.hub.tensors as tensors
 from lm_jax import disk
 from lm_jax.errors import ConfigError, DataError
-from lm_jax.hub import tensors
 from lm_jax.hub.tensors import Scaled, Tensor
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"

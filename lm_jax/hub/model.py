@@ -7,14 +7,18 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import lm_jax.hub.families as families
+import lm_jax.hub.folder as folder
+import lm_jax.hub.store as store
+import lm_jax.hub.stream as stream
 from lm_jax import parallel
 from lm_jax.batch import Batch
 from lm_jax.config import TransformerConfig
 from lm_jax.errors import ConfigError, DataError
-from lm_jax.hub import families, folder, store, stream
 from lm_jax.hub.families import Family
 from lm_jax.hub.places import places
 from lm_jax.hub.settled import settled
@@ -30,7 +34,11 @@ def load(folder_or_name, *, weights: str | None = None, say=print, **settings) -
     Raises ConfigError or DataError where the folder is not one model, whole.
     """
     where = store.path(folder_or_name)
-    hf, found = folder.config(where), folder.read(where)
+    hf = folder.config(where)
+    if "train" in hf:
+        raise ConfigError(f"{where} is a run's folder: `python -m lm_jax.convert {where} OUT` writes one that can be "
+                          "opened")
+    found = folder.read(where)
     family = families.of_type(hf.get("model_type"))
     cfg = replace(family.read(hf, set(found)), dtype=_computes(found))
     cfg = replace(cfg, **settings)
@@ -39,7 +47,7 @@ def load(folder_or_name, *, weights: str | None = None, say=print, **settings) -
     _check_rest(where, hf, family, cfg, wanted, found, say)
     _check_tokenizer(where, cfg)
     graph, state = nnx.split(jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
-    dtype = np.dtype(weights) if weights else None
+    dtype = jnp.dtype(weights) if weights else None
     filled = {way: leaf.replace(stream.parameter(leaf.get_value(), wanted[way], found, dtype))
               for way, leaf in nnx.to_flat_state(state)}
     model = nnx.merge(graph, nnx.from_flat_state(filled))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from lm_jax.config import RopeConfig
 from lm_jax.errors import ConfigError
-from lm_jax.hub.settings import Piece, needed
+from lm_jax.hub.settings import LAYER_TYPES, Piece, needed
 
 ROPES = {"default": "none", "linear": "linear", "dynamic": "dynamic", "yarn": "yarn", "llama3": "llama3"}
 
@@ -39,7 +39,7 @@ def local_rope() -> Piece:
             raise ConfigError(f"config.json: rope_parameters of sliding_attention {near!r}: only those of "
                               "full_attention can be scaled")
         given = both.get("full_attention") or hf.get("rope_scaling") or {}
-        slides = hf.get("sliding_window", 4096) and "sliding_attention" in hf.get("layer_types", ["sliding_attention"])
+        slides = hf.get("sliding_window", 4096) and "sliding_attention" in (hf.get("layer_types") or LAYER_TYPES)
         local = near.get("rope_theta", hf.get("rope_local_base_freq", 1e4)) if slides else 0.0
         return _rope(hf, given, hf.get("rope_theta", 1e6)) | {"rope.local_theta": float(local)}
 

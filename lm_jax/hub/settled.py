@@ -36,6 +36,8 @@ def build(settings: dict) -> TransformerConfig:
     for name, setting in settings.items():
         section, _, leaf = name.rpartition(".")
         kind = type(value(TransformerConfig(), name))
+        if kind in (int, str) and type(setting) is not kind:
+            raise TypeError(f"model.{name}={setting!r}: wanted {kind.__name__}")
         nested[section][leaf] = kind(setting) if kind in (float, bool) else setting
     return TransformerConfig(**nested[""], rope=RopeConfig(**nested["rope"]), moe=MoEConfig(**nested["moe"]))
 

@@ -16,9 +16,9 @@ import re
 import shutil
 from pathlib import Path
 
+import lm_jax.hub.folder as folder
 from lm_jax import disk
 from lm_jax.errors import ConfigError
-from lm_jax.hub import folder
 
 NAME = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/(?P<name>[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?")
 LARGE = (".safetensors", ".model", ".bin", ".onnx", ".gguf")  # what the hub keeps beside git, by SHA-256
