@@ -81,6 +81,7 @@ def test_the_local_hub_keeps_each_content_once_and_finds_it_by_name(folder, here
     first = store.add(folder("gpt2"), "me/gpt2")
     again = store.add(folder("gpt2"), "me/gpt2@same")
     assert first == again, "a revision is a digest of its content"
+    assert store.add(folder("gpt2"), "gpt2").name == first.name and hub.path("gpt2").parent.parent.name == "models--gpt2"
     place = here / "hub/models--me--gpt2"
     assert len(list((place / "blobs").iterdir())) == 2
     assert (first / "model.safetensors").is_symlink() and (place / "refs/main").read_text() == first.name
@@ -94,7 +95,7 @@ def test_the_local_hub_keeps_each_content_once_and_finds_it_by_name(folder, here
     for name in ("me/gpt2", "me/gpt2@same", f"me/gpt2@{first.name}", f"me/gpt2@{first.name[:8]}"):
         assert hub.path(name) == first
     assert hub.path("me/gpt2@later") == second
-    assert set(store.names()) == {"me/gpt2", "me/gpt2@later", "me/gpt2@same"}
+    assert set(store.names()) == {"gpt2", "me/gpt2", "me/gpt2@later", "me/gpt2@same"}
     close(hub.logits(hub.load("me/gpt2@later"), [TOKENS]), hub.logits(model, [TOKENS]), 1e-7)
 
 
@@ -110,7 +111,7 @@ def test_huggingface_hub_reads_what_the_local_hub_holds(folder, here):
 
 @pytest.mark.parametrize("name, said", [
     ("me/bart", "nearest is 'me/bert'"), ("me/bert@v9", "nearest is 'me/bert'"),
-    ("bert", "neither a folder nor a name"), ("me/../bert", "neither a folder nor a name"),
+    ("bert", "nearest is 'me/bert'"), ("me/../bert", "neither a folder nor a name"),
     ("me/bert@../main", "neither a folder nor a name"), ("/me/bert", "neither a folder nor a name")])
 def test_a_name_that_is_not_here_is_told_the_nearest(name, said, folder):
     store.add(folder("bert"), "me/bert")

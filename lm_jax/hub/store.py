@@ -20,7 +20,7 @@ import lm_jax.hub.folder as folder
 from lm_jax import disk
 from lm_jax.errors import ConfigError
 
-NAME = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/(?P<name>[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?")
+NAME = re.compile(r"(?P<repo>([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?")
 LARGE = (".safetensors", ".model", ".bin", ".onnx", ".gguf")  # what the hub keeps beside git, by SHA-256
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]  # of a repository; never a pickle
 
@@ -86,7 +86,7 @@ def upload(source, name: str) -> str:
 def names() -> list[str]:
     """Models that are here, each with its words for revisions."""
     found = []
-    for place in sorted(root().glob("models--*--*")):
+    for place in sorted(root().glob("models--*")):
         repo = place.name.removeprefix("models--").replace("--", "/", 1)
         refs = place / "refs"
         words = sorted(ref.relative_to(refs).as_posix() for ref in refs.rglob("*") if ref.is_file())
@@ -95,11 +95,11 @@ def names() -> list[str]:
 
 
 def parse(name: str) -> tuple[str, str]:
-    """(owner/name, revision) of a name."""
+    """(owner/name, revision) of a name; the oldest models have no owner."""
     match = NAME.fullmatch(name)
     if not match or ".." in name or "--" in name:
         raise ConfigError(f"{name!r} is neither a folder nor a name: owner/name, or owner/name@revision")
-    return f"{match['owner']}/{match['name']}", match["revision"] or "main"
+    return match["repo"], match["revision"] or "main"
 
 
 def _place(repo: str) -> Path:
