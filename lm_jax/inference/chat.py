@@ -65,7 +65,7 @@ class Template:
             from jinja2.ext import loopcontrols
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError as error:
-            raise ConfigError("a chat template needs a package: pip install jinja2") from error
+            raise ConfigError("a chat template needs a package: pip install 'lm_jax[hf]'") from error
         world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         world.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         world.globals |= {"raise_exception": _refuse,
