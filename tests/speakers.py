@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import tiny
 from flax import nnx
 
 from lm_jax import config, hub
@@ -11,7 +12,6 @@ from lm_jax.checkpoint import Checkpoints
 from lm_jax.data import build
 from lm_jax.data.tokenizer_backends import Bytes
 from lm_jax.workdir import Workdir
-from tests import tiny
 
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
           "+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")

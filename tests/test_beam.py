@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from lm_jax.config import ConfigError
 from lm_jax.inference import beam
-from tests import tiny
 
 V, LENGTH, STOPS = 4, 4, (2,)
 PROMPTS = [[1, 3, 0], [2, 1], [3]]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -18,7 +19,6 @@ from lm_jax.inference.generate import generate
 from lm_jax.inference.sample import Sampler
 from lm_jax.models import zoo
 from lm_jax.models.transformer import Transformer, apart
-from tests import tiny
 
 V, T, SOURCE = 32, 10, 5
 TINY = dict(vocab=V, width=16, depth=2, heads=4, hidden=32, max_length=24, dtype="float32")

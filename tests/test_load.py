@@ -9,12 +9,12 @@ import sys
 
 import numpy as np
 import pytest
+import speakers
 
 from lm_jax.config import ConfigError
 from lm_jax.inference import text
 from lm_jax.inference.load import load
 from lm_jax.inference.sample import Sampler
-from tests import speakers
 
 GREEDY = Sampler(temperature=0)
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from scipy import stats
 
 from lm_jax.config import ConfigError
 from lm_jax.inference.generate import generate
 from lm_jax.inference.sample import Sampler
 from lm_jax.inference.speculative import speculate
-from tests import tiny
 
 V = 5
 SETTINGS = dict(vocab=V, width=16, heads=2, hidden=32, dtype="float32", max_length=40)

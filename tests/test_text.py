@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import speakers
 
 from lm_jax.config import ConfigError
 from lm_jax.inference import text
 from lm_jax.inference.load import load
 from lm_jax.inference.sample import Sampler
-from tests import speakers
 
 GREEDY = Sampler(temperature=0)
 WORDS = "naïve 漢字 🙂 end"
