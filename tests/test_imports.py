@@ -20,11 +20,12 @@ LAYERS = (
     ("losses", "surgery", "optim", "checkpoint", "log", "plots", "hub"),
     ("meter",),
     ("trainer", "inference"),
-    ("recipes",),
+    ("recipes", "pipelines"),
     ("preflight",),
     ("launchers",),
     ("scaling",),
     ("prepare", "train", "together", "plan", "sweep", "fit", "bench", "evaluate", "generate", "convert", "serve"),
+    ("",),  # lm_jax itself, which nothing imports
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 LONGEST = {"lm_jax.config": 350}  # lines, where more than 300 are good; half of this one is the table of knobs

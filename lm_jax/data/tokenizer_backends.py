@@ -134,16 +134,7 @@ class HuggingFace(Vocabulary):
     suffix = ".json"
 
     def __init__(self, file: bytes):
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ConfigError("a Hugging Face tokenizer.json needs a package: pip install tokenizers") from error
-        try:
-            self.model = model = tokenizers.Tokenizer.from_str(file.decode())
-        except Exception as error:  # the package raises bare Exceptions
-            raise ConfigError(f"data.tokenizer is no Hugging Face tokenizer.json: {error}") from error
-        model.no_truncation()
-        model.no_padding()
+        self.model = model = library(file)
         model.encode_special_tokens = True  # text that spells a special is text
         spec, added = json.loads(file), model.get_added_tokens_decoder()
         specials = {token.content: i for i, token in added.items() if token.special}
@@ -160,6 +151,21 @@ class HuggingFace(Vocabulary):
     def decode(self, ids) -> str:
         """The library's own decoding: it knows where a kind of tokenizer (BERT's, T5's) drops or adds spaces."""
         return self.model.decode([i for i in np.asarray(ids, int).ravel().tolist() if i < self._end])
+
+
+def library(file: bytes):
+    """A tokenizer.json as the `tokenizers` package runs it, without its truncation and padding."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ConfigError("a Hugging Face tokenizer.json needs a package: pip install tokenizers") from error
+    try:
+        model = tokenizers.Tokenizer.from_str(file.decode())
+    except Exception as error:  # the package raises bare Exceptions
+        raise ConfigError(f"data.tokenizer is no Hugging Face tokenizer.json: {error}") from error
+    model.no_truncation()
+    model.no_padding()
+    return model
 
 
 BACKENDS = {"Bytes": Bytes, "Pieces": Pieces, "HuggingFace": HuggingFace}

@@ -1,0 +1,188 @@
+"""Texts that a model writes: what goes on from a prompt, or what becomes of a text."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lm_jax import disk
+from lm_jax.errors import ConfigError
+from lm_jax.inference import beam, text
+from lm_jax.inference import load as speakers
+from lm_jax.inference.load import Speaker
+from lm_jax.inference.sample import Sampler
+from lm_jax.pipelines.reader import ROWS, UNLIMITED, several
+
+LENGTH = 256  # new tokens, where nobody says how many
+BEAMS = 4  # side by side in a search for what becomes of a text, where nobody says; as in transformers
+DRAWS = ("temperature", "top_k", "top_p", "min_p")
+KEYS = {"summarization": "summary_text", "translation": "translation_text"}
+IGNORED = {"min_length": 0, "min_new_tokens": None, "no_repeat_ngram_size": 0, "early_stopping": False,
+           "typical_p": 1.0, "num_beam_groups": 1, "diversity_penalty": 0.0, "bad_words_ids": None,
+           "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None,
+           "forced_eos_token_id": None, "encoder_no_repeat_ngram_size": 0}  # what asks for nothing, by name
+
+
+@dataclass(frozen=True)
+class Author:
+    """A model that writes, and what its folder says of how it should; a run's says nothing."""
+
+    speaker: Speaker
+    task: str
+    folder: dict  # what generation_config.json, and config.json for this task, say
+    limit: int | None  # tokens of a source that it was made for
+    say: Callable
+
+    @property
+    def model(self):
+        return self.speaker.model
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How to write, in the words of transformers. None is what the model's folder says; where it says nothing, up to
+    256 tokens: from a prompt the likeliest each time, of a text by a search with 4 beams. With `do_sample` prompt i
+    draws by the seed + i."""
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None  # of a decoder counts the prompt, the longest of a batch
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    num_return_sequences: int | None = None
+    stop_strings: str | Sequence[str] = ()  # what is written ends before any of them
+    seed: int = 0
+
+    def told(self, folder: dict) -> dict:
+        """The names that say something, here or in the model's folder."""
+        here, there = ({name: value for name, value in each.items() if value is not None and name in vars(self)}
+                       for each in (vars(self), folder))
+        return there | here
+
+
+def load(path, *, task: str, say=print) -> Author:
+    """The model of a folder or of a run, for a task. What its folder asks for in vain is said."""
+    speaker = speakers.load(path, say=say)
+    origin = getattr(speaker.model, "origin", None)
+    config, generation, texts = (origin and disk.read_json(Path(origin) / name) or {} for name in (
+        "config.json", "generation_config.json", "tokenizer_config.json"))
+    folder = generation | (config.get("task_specific_params") or {}).get(task, {})
+    if missed := [f"{name}={folder[name]}" for name, idle in IGNORED.items() if folder.get(name, idle) != idle]:
+        say(f"{path} asks for {', '.join(missed)}: not followed")
+    limit = texts.get("model_max_length") or UNLIMITED
+    return Author(speaker, task, folder, limit if limit < UNLIMITED else None, say)
+
+
+def go_on(by: Author, inputs, *, return_full_text: bool = True, **wish):
+    """[{"generated_text"}] of a prompt, or of a conversation [{"role", "content"}]; of a list of them a list for each.
+
+    With `return_full_text` the prompt is a part of it. `wish` is a `Wish`.
+    """
+    single = isinstance(inputs, str) or _conversation(inputs)
+    prompts = [inputs] if single else list(inputs)
+    talks = [i for i, one in enumerate(prompts) if _conversation(one)]
+    several([one for i, one in enumerate(prompts) if i not in talks], "prompt")
+    template, told = by.speaker.template, Wish(**wish).told(by.folder)
+    ids = [template.ids(one) if i in talks else one for i, one in enumerate(prompts)]
+    told["stop_strings"] = (*_words(told["stop_strings"]), *(template.stops if talks else ()))
+    found = [[{"generated_text": _joined(prompt, new) if return_full_text else new} for new in texts]
+             for prompt, texts in zip(prompts, _written(by, ids, told))]
+    return found[0] if single else found
+
+
+def rewrite(by: Author, inputs, *, prefix: str | None = None, truncation: bool = False, **wish):
+    """[{"generated_text"}] ("summary_text", "translation_text") of a text, or of each in a list.
+
+    `prefix` goes before each text: config.json's own for this task where it names one. A text longer than the model was
+    made for is read whole, or with `truncation` its beginning; both are said. `wish` is a `Wish`.
+    """
+    texts, single = several(inputs)
+    prefix = by.folder.get("prefix", "") if prefix is None else prefix
+    if by.task == "translation" and not prefix:
+        by.say("translation: between which languages? The task translation_en_to_de says it, or prefix=..")
+    rows = _sources(by, [prefix + one for one in texts], truncation=truncation)
+    key = KEYS.get(by.task.split("_")[0], "generated_text")
+    told = Wish(**wish).told(by.folder)
+    told.setdefault("num_beams", 1 if told.get("do_sample") else BEAMS)
+    found = [[{key: new} for new in texts] for texts in _written(by, rows, told)]
+    alone = all(len(texts) == 1 for texts in found)
+    return found[0] if single else [texts[0] for texts in found] if alone else found
+
+
+def _written(by: Author, prompts: list, told: dict) -> list[list[str]]:
+    """For each prompt so many texts."""
+    beams, count = told.get("num_beams", 1), told.get("num_return_sequences", 1)
+    drawn = told.get("do_sample", False)
+    if drawn and beams > 1:
+        raise ConfigError(f"do_sample=True with num_beams={beams}: a search draws nothing; pass one of them")
+    if count > (beams if not drawn else count):
+        raise ConfigError(f"num_return_sequences={count} of the likeliest alone: pass do_sample=True, or "
+                          f"num_beams={count}")
+    stop, found = _words(told["stop_strings"]), []
+    for at in range(0, len(prompts), ROWS):
+        some = prompts[at:at + ROWS]
+        length = _length(by, some, told)
+        if beams > 1:
+            found += _searched(by.speaker, some, told, count=count, length=length, stop=stop)
+            continue
+        used = {name: told[name] for name in DRAWS if name in told} if drawn else {"temperature": 0.0}
+        sampler = Sampler(repetition_penalty=told.get("repetition_penalty", 1.0), **used)
+        every = [one for one in some for _ in range(count)]
+        seeds = [told["seed"] + at * count + i for i in range(len(every))]
+        written = text.answers(by.speaker, every, sampler, length=length, seed=seeds, stop=stop)
+        found += [[one.text for one in written[i:i + count]] for i in range(0, len(every), count)]
+    return found
+
+
+def _searched(by: Speaker, prompts, told: dict, *, count: int, length: int, stop):
+    """The `count` best texts that a search with beams finds."""
+    found = beam.search(by.model, text.prompted(by, prompts), beams=told["num_beams"], length=length, stop=by.stops,
+                        length_penalty=told.get("length_penalty", 1.0), vocab=by.vocab)
+    nothing = np.zeros((len(prompts), 0))
+    ranks = [text.read(by, prompts, np.asarray(found.tokens_BWT[:, i]), np.asarray(found.lengths_BW[:, i]), nothing,
+                       length=length, stop=stop) for i in range(count)]
+    return [[answers[i].text for answers in ranks] for i in range(len(prompts))]
+
+
+def _length(by: Author, prompts, told: dict) -> int:
+    """New tokens at most."""
+    if "max_new_tokens" in told or "max_length" not in told:
+        return told.get("max_new_tokens", LENGTH)
+    speaker = by.speaker
+    begun = 1 if speaker.model.cfg.encoder_depth else max(
+        len(speaker.before) + len(speaker.tokenizer.encode(one)) if isinstance(one, str) else len(one)
+        for one in prompts)
+    if begun >= told["max_length"]:
+        raise ConfigError(f"a prompt of {begun} tokens and max_length={told['max_length']}, which counts it: raise it, "
+                          "or pass max_new_tokens")
+    return told["max_length"] - begun
+
+
+def _sources(by: Author, texts, *, truncation: bool) -> list:
+    """Ids that an encoder reads."""
+    speaker, limit = by.speaker, by.limit or UNLIMITED
+    rows = [[*speaker.before, *speaker.tokenizer.encode(one).tolist(), *speaker.after] for one in texts]
+    if long := [i for i, row in enumerate(rows) if len(row) > limit]:
+        done = "only their beginnings are read" if truncation else "read whole; truncation=True cuts them"
+        by.say(f"{len(long)} of {len(rows)} texts, such as number {long[0]}, pass the {limit} tokens that this model "
+               f"was made for: {done}")
+    keep = limit - len(speaker.after)
+    return [[*row[:keep], *speaker.after] if truncation and len(row) > limit else row for row in rows]
+
+
+def _conversation(prompt) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+
+
+def _words(stop) -> tuple:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _joined(prompt, new: str):
+    return prompt + new if isinstance(prompt, str) else [*prompt, {"role": "assistant", "content": new}]
