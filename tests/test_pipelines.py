@@ -13,6 +13,7 @@ from tasks import CASES, LONG, TEXT, TWO, close
 import lm_jax
 from lm_jax import pipelines
 from lm_jax.config import ConfigError
+from lm_jax.hub import store
 from lm_jax.pipelines.reader import fitting
 
 EXPECTED = json.loads(tasks.OUTPUTS.read_text())
@@ -130,7 +131,8 @@ def test_a_folder_says_how_its_model_writes(made, tmp_path):
     assert write(TWO[0]) == write(TWO[0], max_new_tokens=5, num_beams=2)
     assert [line for line in said if "asks" in line] == [f"{folder} asks for no_repeat_ngram_size=3: not followed"]
     del said[:]
-    whole, cut = write([LONG], max_new_tokens=4), write([LONG], max_new_tokens=4, truncation=True)
+    short = {"max_new_tokens": 4, "num_beams": 1}
+    whole, cut = write([LONG], **short), write([LONG], **short, truncation=True)
     assert "pass the 64 tokens that this model was made for: read whole" in said[0] and "beginnings" in said[1]
     assert whole[0].keys() == cut[0].keys() == {"summary_text"}
 
@@ -153,7 +155,7 @@ def test_a_task_that_cannot_be_done_is_refused(made, tmp_path):
     (folder / "tokenizer.json").unlink()
     with refused("has no tokenizer: put the tokenizer.json, tokenizer.model or spiece.model that its model was"):
         lm_jax.pipeline("text-classification", model=folder)
-    with refused("is no folder"):
+    with refused("is neither a folder nor a name"):
         lm_jax.pipeline("text-classification", model=tmp_path / "nowhere")
 
 
@@ -203,6 +205,15 @@ def test_a_sentencepiece_model_alone_is_enough_to_read(made, tmp_path):
     assert read[0].spans[-7:] == read[1].spans[1:8], "neighbours share tokens"
     found = [LONG[start:end].strip() for row in read for start, end in row.spans[1 + 7 * (row is not read[0]):]]
     assert "".join(found) == LONG.replace(" ", "")
+
+
+def test_a_name_in_the_local_hub_is_as_good_as_a_folder(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for task, name, text in (("sentiment-analysis", "sentiment", TWO), ("text-generation", "gpt2", TWO[0])):
+        store.add(made(name), f"us/{name}")
+        more = {"max_new_tokens": 8, "do_sample": False} if name == "gpt2" else {}
+        close(lm_jax.pipeline(task, model=f"us/{name}", **more)(text),
+              lm_jax.pipeline(task, model=made(name), **more)(text))
 
 
 def test_importing_the_library_is_light():

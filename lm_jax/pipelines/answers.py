@@ -3,8 +3,7 @@
 import numpy as np
 
 from lm_jax.errors import ConfigError
-from lm_jax.pipelines import reader
-from lm_jax.pipelines.reader import Reader, several, softmax
+from lm_jax.pipelines.reader import Reader, scores, several, softmax
 
 WINDOW, SHARED = 384, 128  # tokens that are read at once, and that neighbours share: what such models were trained on
 OUT = -1e4  # the score of what cannot be in an answer
@@ -26,7 +25,7 @@ def answer(by: Reader, inputs=None, *, question=None, context=None, top_k: int =
     limit = max_seq_len or min(by.limit or WINDOW, WINDOW)
     overlap = min(limit // 2, SHARED) if doc_stride is None else doc_stride
     windows = by.windows(pairs, limit=limit, overlap=overlap, cut="only_second")
-    looked = iter(by.look([row for rows in windows for row in rows], reader.scores))
+    looked = iter(by.look([row for rows in windows for row in rows], scores))
     found = []
     for (_, text), rows in zip(pairs, windows):
         answers, nothing = {}, 1.0

@@ -3,8 +3,7 @@
 import numpy as np
 
 from lm_jax.errors import ConfigError
-from lm_jax.pipelines import reader
-from lm_jax.pipelines.reader import Reader, several, softmax
+from lm_jax.pipelines.reader import Reader, scores, several, softmax
 
 
 def classify(by: Reader, inputs, *, top_k: int | None = 0, function_to_apply: str | None = None,
@@ -16,7 +15,7 @@ def classify(by: Reader, inputs, *, top_k: int | None = 0, function_to_apply: st
     """
     texts, single = several(inputs, kinds=(str, dict))
     rows = by.beginnings([_pair(text) for text in texts], truncation=truncation)
-    scores_BC = _function(by, function_to_apply)(np.array(by.look(rows, reader.scores))[:, 0]) if rows else []
+    scores_BC = _function(by, function_to_apply)(np.array(by.look(rows, scores))[:, 0]) if rows else []
     ranked = [[{"label": by.labels[i], "score": float(scores_C[i])} for i in np.argsort(-scores_C, kind="stable")]
               for scores_C in scores_BC]
     if top_k == 0:
@@ -41,7 +40,7 @@ def zero_shot(by: Reader, inputs, candidate_labels, *, hypothesis_template: str 
     yes, no = _entailment(by)
     pairs = [(text, hypothesis_template.format(label)) for text in texts for label in labels]
     rows = by.beginnings(pairs, truncation=truncation, cut="only_first")
-    logits_BCE = np.reshape(by.look(rows, reader.scores), (len(texts), len(labels), -1))
+    logits_BCE = np.reshape(by.look(rows, scores), (len(texts), len(labels), -1))
     if multi_label or len(labels) == 1:
         scores_BC = softmax(logits_BCE[..., [no, yes]])[..., 1]
     else:

@@ -5,8 +5,7 @@ from itertools import groupby
 import numpy as np
 
 from lm_jax.errors import ConfigError
-from lm_jax.pipelines import reader
-from lm_jax.pipelines.reader import Reader, several, softmax
+from lm_jax.pipelines.reader import Reader, scores, several, softmax
 
 
 def tag(by: Reader, inputs, *, aggregation_strategy: str = "none", ignore_labels=("O",), stride: int | None = None):
@@ -21,7 +20,7 @@ def tag(by: Reader, inputs, *, aggregation_strategy: str = "none", ignore_labels
     texts, single = several(inputs)
     overlap = (by.limit or 0) // 4 if stride is None else stride
     windows = by.windows(texts, limit=by.limit, overlap=overlap)
-    looked = iter(by.look([row for rows in windows for row in rows], reader.scores))
+    looked = iter(by.look([row for rows in windows for row in rows], scores))
     found = []
     for text, rows in zip(texts, windows):
         at, every = 0, []

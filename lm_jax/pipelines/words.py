@@ -4,8 +4,7 @@ import jax
 import numpy as np
 
 from lm_jax.errors import ConfigError
-from lm_jax.pipelines import reader
-from lm_jax.pipelines.reader import ROWS, Reader, several, softmax
+from lm_jax.pipelines.reader import ROWS, Reader, hidden, several, softmax
 
 
 def fill(by: Reader, inputs, *, top_k: int = 5, targets=None, truncation: bool = True):
@@ -24,7 +23,7 @@ def fill(by: Reader, inputs, *, top_k: int = 5, targets=None, truncation: bool =
                               "write one where a word is missing")
     allowed = _allowed(by, [targets] if isinstance(targets, str) else targets)
     found = []
-    for row, hidden_TD in zip(rows, by.look(rows, reader.hidden)):
+    for row, hidden_TD in zip(rows, by.look(rows, hidden)):
         at = [i for i, id in enumerate(row.ids) if id == mask]
         scores_AV = softmax(_logits(by, hidden_TD[at]))[:, allowed]
         single_mask = len(at) == 1
@@ -42,7 +41,7 @@ def features(by: Reader, inputs, *, pooling: str = "none", truncation: bool = Tr
         raise ConfigError(f"pooling={pooling!r} is not known, of {', '.join(POOLINGS)}")
     texts, single = several(inputs)
     rows = by.beginnings(texts, truncation=truncation)
-    found = [POOLINGS[pooling](x_TD).tolist() for x_TD in by.look(rows, reader.hidden)]
+    found = [POOLINGS[pooling](x_TD).tolist() for x_TD in by.look(rows, hidden)]
     return found[0] if single else found
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm_jax import disk
+from lm_jax import disk, hub
 from lm_jax.errors import ConfigError
 from lm_jax.inference import beam, text
 from lm_jax.inference import load as speakers
@@ -67,8 +67,9 @@ class Wish:
 
 
 def load(path, *, task: str, say=print) -> Author:
-    """The model of a folder or of a run, for a task. What its folder asks for in vain is said."""
-    speaker = speakers.load(path, say=say)
+    """The model of a folder, of a run, or of a name in the local hub, for a task. What its folder asks for in vain is
+    said."""
+    speaker = speakers.load(hub.path(path), say=say)
     origin = getattr(speaker.model, "origin", None)
     config, generation, texts = (origin and disk.read_json(Path(origin) / name) or {} for name in (
         "config.json", "generation_config.json", "tokenizer_config.json"))
