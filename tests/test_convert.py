@@ -73,6 +73,10 @@ def test_a_folder_goes_through_as_it_is(folder, here, capsys):
     assert "out: " in capsys.readouterr().out
     with pytest.raises(ConfigError, match="pass another folder"):
         convert.main(["convert", "out", "out"])
+    (here / "run").mkdir()
+    (here / "run/config.json").write_text('{"train": {}}')
+    with pytest.raises(ConfigError, match="is a run's folder, whose config.json would be lost"):
+        convert.main(["convert", "out", "run"])
     with pytest.raises(ConfigError, match="cannot be uploaded: HF_HUB_OFFLINE"):
         convert.main(["convert", "out", "again", "--upload=me/out"])
 

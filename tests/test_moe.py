@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 
 import tiny
-from lm_jax.config import MoEConfig
+from lm_jax import parallel
+from lm_jax.config import MeshConfig, MoEConfig, RopeConfig
 from lm_jax.models.moe import MoE
+from lm_jax.models.transformer import Transformer
 
 
 def layer_of(rng, *, gated=True, skew=0.0, **moe):
@@ -117,3 +120,23 @@ def test_router_losses_are_reported_and_add_up_over_microbatches():
         np.testing.assert_allclose(dataclasses.astuple(whole[name]), dataclasses.astuple(summed), rtol=1e-5)
     total = sum(whole[name].total for name in ("loss", "balance", "router_z"))
     np.testing.assert_allclose(whole["objective"].total, total, rtol=1e-6)
+
+
+def test_latents_and_grouped_experts_do_on_a_mesh_what_one_device_does():
+    """DeepSeek's block: dense layers, then experts chosen within groups by swayed scores; losses and gradients."""
+    moe = MoEConfig(experts=8, top_k=2, shared=1, hidden=16, pattern="DE", score="sigmoid", bias=True, groups=4,
+                    top_groups=2, scale=2.5)
+    deep = dict(moe=moe, latent=8, query_latent=12, head_size=12, value_size=8, rope=RopeConfig(fraction=1 / 3))
+    model, batch = tiny.model(**deep), tiny.rows()
+    score = jax.jit(tiny.score, compiler_options=tiny.QUICK)
+    value, _, grads = score(model, batch)
+    assert not np.any(grads["decoder"]["blocks"]["mlp"]["sway"]), "it sways a choice, and no gate"
+    with jax.set_mesh(parallel.make_mesh(MeshConfig(fsdp=2, model=2, expert=2))):
+        shapes = jax.eval_shape(lambda: Transformer(model.cfg, rngs=nnx.Rngs(0)))
+        place = lambda x, like: jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), like.sharding.spec))
+        laid = jax.tree.map(place, model, shapes)
+        rows = {key: jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), parallel.activation("BT", x.shape)))
+                for key, x in batch.items()}
+        there, _, their_grads = score(laid, rows)
+    np.testing.assert_allclose(there, value, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), their_grads, grads)

@@ -55,6 +55,8 @@ def read(folder: Path) -> dict[str, Tensor]:
 def write(folder: Path, hf: dict, entries: dict, tensor, *, shard: int = SHARD):
     """Write config.json and the tensors that `tensor(name)` gives, replacing a model that was there."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "config.json").exists() and "train" in config(folder):
+        raise ConfigError(f"{folder} is a run's folder, whose config.json would be lost: pass another to write to")
     parts = list(tensors.shards(tensors.ordered(entries), shard))
     files = [WHOLE] if len(parts) == 1 else [f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
                                              for i in range(len(parts))]
