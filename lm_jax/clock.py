@@ -22,7 +22,7 @@ from lm_jax import disk
 
 HUNG = 76  # exit code
 LEAST, TIMES = 60.0, 10.0  # seconds that a step may take at least, or so many times the median step
-LIMITS = {"restore": 1800.0, "compile": 3600.0, "wait": 600.0, "save": 1800.0, "evaluation": 3600.0}  # others: none
+LIMITS = {"restore": 1800.0, "compile": 3600.0, "wait": 600.0, "record": 600.0, "save": 1800.0, "evaluation": 1800.0}
 TICK, RECORD = 0.5, 10.0  # seconds between looks, and between records
 
 
@@ -63,14 +63,19 @@ class Clock:
             self._turn(self._phases.pop)
 
     def step(self):
-        """A step has been seen to end: the next one has its full time."""
-        now = time.monotonic()
-        self._steps.append(now - self._beat)
-        self._beat = now
+        """A step, or as many as are sent at once, has been seen to end: the next has its full time."""
+        self._steps.append(time.monotonic() - self._beat)
+        self.beat()
+
+    def beat(self):
+        """A sign of progress within a phase."""
+        self._beat = time.monotonic()
 
     def watch(self, folder: Path, *, writes: bool, patience: float):
         """Go on with the account in a folder (`writes`: keep it), and end a process that hangs; limits are multiplied
         by `patience`, 0 is none."""
+        if self._thread:
+            return  # of runs that are made together the first one's folder has the account
         self._file, self._patience = (folder / "phases.json" if writes else None), patience
         before = _read(folder / "phases.json") if writes else None
         if before:
@@ -119,8 +124,12 @@ class Clock:
                     for name in self.seconds.keys() | running.keys()}
 
     def _guard(self):
-        recorded = 0.0
+        recorded, last = 0.0, time.monotonic()
         while not self._over.wait(TICK):
+            now = time.monotonic()
+            if (away := now - last) > 10 * TICK:  # the process was paused, and has not had that time
+                self._beat += away
+            last = now
             phase, late = self._phases[-1], time.monotonic() - self._beat
             if self._patience and late > self._patience * self._limit(phase):
                 self._end(phase, late)

@@ -7,7 +7,7 @@ import sys
 def run(main):
     """Call `main(argv)` as a program: what a user can cure is one readable message and an exit code, never a traceback.
 
-    Codes are an interface: 0 done, 2 the config cannot run, 74 no room on a disk, 75 stopped and saved, 77 data are
+    Codes are an interface: 0 done, 2 the config cannot run, 74 no room on a disk, 75 stopped and saved, 76 hung, 77 data are
     damaged, 78 diverged, 79 no intact checkpoint, 130 interrupted. What is left, a bug, is a traceback and 1.
     """
     try:

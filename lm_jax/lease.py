@@ -74,13 +74,21 @@ class Lease:
 
     def _renew(self):
         while not self._over.wait(BEAT):
-            if self._seen() not in (None, self._text()):
-                print(f"error: {self.path.parent} was taken over by {_holder(self._seen())} while this process was not "
-                      "heard of: it ends, and leaves the folder as it is", flush=True)
-                os._exit(ConfigError.code)
+            with contextlib.suppress(OSError):  # a disk that is full or away now may be well at the next beat
+                self._beat()
+
+    def _beat(self):
+        if (seen := self._seen()) not in (None, self._text()):
+            print(f"error: {self.path.parent} was taken over by {_holder(seen)} while this process was not heard of: "
+                  "it ends, and leaves the folder as it is", flush=True)
+            os._exit(ConfigError.code)
+        before = self._beats
+        try:
             self._beats += 1
-            with contextlib.suppress(OSError):  # a disk that is full now may have room at the next beat
-                disk.replace(self.path, [self._text()])
+            disk.replace(self.path, [self._text()])
+        except OSError:
+            self._beats = before  # what stands there is still the last one
+            raise
 
     def _text(self) -> str:
         return json.dumps({"host": HOST, "name": socket.gethostname(), "process": os.getpid(), "beats": self._beats})

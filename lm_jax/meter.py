@@ -72,8 +72,10 @@ class Meter:
         self.seconds += seconds
         self.streak = int(numbers.pop("streak"))
         if step % self.every == 0 or step == 1:
-            self.log.row(step, numbers | {"tokens": step * self.tokens} | self.derived(numbers)
-                         | self._rates(seconds, wait))
+            row = (numbers | {"tokens": step * self.tokens} | self.derived(numbers)
+                   | self._rates(seconds, wait))
+            with self.clock.phase("record"):
+                self.log.row(step, row)
 
     def _rates(self, seconds, wait):
         """What a step's time says; MFU only on a device whose peak is known."""

@@ -71,8 +71,11 @@ def schedule(o: OptimConfig, steps: int) -> Callable[[Any], jax.Array]:
 
 
 def trunk(o: OptimConfig, steps: int) -> int:
-    """Updates of a wsd run before it begins to cool down, which longer runs make just so; 0 of other schedules."""
-    return max(0, math.floor(o.warmup + (1 - o.decay) * (steps - o.warmup)) - 1) if o.schedule == "wsd" else 0
+    """Updates of a wsd run before it begins to cool down, which longer runs make just so; 0 of other schedules, and
+    where the warm-up never ends."""
+    if o.schedule != "wsd" or o.warmup >= steps:
+        return 0
+    return max(0, math.floor(o.warmup + (1 - o.decay) * (steps - o.warmup)) - 1)
 
 
 def common(o: OptimConfig, steps: int, other: OptimConfig, others: int) -> int:

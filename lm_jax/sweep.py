@@ -35,7 +35,7 @@ FLAGS = {
     "launcher": "where points run: local (default), or rendered and submitted: jobset (GKE), sky (SkyPilot), slurm",
     "jobs": "local: points at once; default one, or one for each accelerator",
     "retries": "local: further attempts at a point that crashes; default 2",
-    "minutes": "time limit of an attempt at a point; default none",
+    "minutes": "time limit of an attempt at a point; points that share a command have it once a length; default none",
     "stacked": "most parameters of points that share a program: those that differ in seed, learning rate, weight decay "
                f"or init alone; default {sweep.STACKED}, 0 stacks none",
     "topology": f"hardware that points must fit, and are priced for: {topology.FORMS}",
@@ -58,9 +58,15 @@ def main(argv):
     found, notes = records.rebuild(out, overrides) if out.exists() else ({}, [])
     states = {point.id: found.get(point.id, {}).get("status") or "waiting" for point in points}
     left = [point for point in points if states[point.id] not in records.ENDED]
-    jobs = sweep.jobs(left, argv, out, minutes=limits["minutes"], stacked=limits["stacked"])
+    places = slots.slots(int(limits["jobs"])) if launcher == "local" else []
+    single = all(len(slot.names) == 1 for slot in places) if places else prices.topology.chips == 1
+    jobs = sweep.jobs(points, {point.id for point in left}, argv, out, minutes=limits["minutes"],
+                      stacked=limits["stacked"] if single else 0, least=len(places))
     console = rich.console.Console()
     console.print(watch.plan(points, states, prices))
+    if any(point.begins for point in points):
+        say(console, f"{sum(point.begins > 0 for point in points)} points begin as a shorter one: FLOPs of a point are "
+                     "those of its whole path, their sum below has every step once")
     say(console, *notes, f"{len(left)} of {len(points)} points are to be run" + pace(found, left))
     if launcher != "local" and left:
         rendered = LAUNCHERS[launcher](jobs, name=c.name, topology=prices.topology, settings=settings(values.settings))
@@ -69,7 +75,7 @@ def main(argv):
         return 0
     if left:
         sweep.unchanged(points, found, say=partial(say, console))
-    status = run_here(left, jobs, out, limits, console) if left else "ok"
+    status = run_here(left, jobs, out, places, limits, console) if left else "ok"
     found, _ = records.rebuild(out, overrides)
     say(console, closing(points, found, out, status, argv))
     return EXIT[status]
@@ -98,10 +104,9 @@ def settings(text: str | None) -> dict[str, str]:
     return dict(part.split("=", 1) for part in parts)
 
 
-def run_here(points, jobs, out, limits, console) -> str:
+def run_here(points, jobs, out, places, limits, console) -> str:
     """Run jobs on this machine, and show how they do."""
-    pool = Pool(jobs, out, slots.slots(int(limits["jobs"])), retries=int(limits["retries"]),
-                say=partial(say, console))
+    pool = Pool(jobs, out, places, retries=int(limits["retries"]), say=partial(say, console))
     with watch.Watch(points, out, console, ended=lambda: records.rebuild(out, {})) as show:
         return pool.run(show)
 
@@ -113,7 +118,7 @@ def closing(points, found: dict, out: Path, status: str, argv) -> str:
     flagged = {flag: sum(flag in record["flags"] for record in ended) for record in ended for flag in record["flags"]}
     lines = [f"{status}: {of('ok')} of {len(points)} points have a loss" + "".join(
         f", {count} {flag}" for flag, count in flagged.items()) + f"; records are in {out / 'runs.jsonl'}"]
-    lines += [f"  {record['run']} failed, {record['why']}: {record['last_line']} (points/{record['run']}/log.txt)"
+    lines += [f"  {record['run']} failed, {record['why']}: {record['last_line']} ({record['log']})"
               for record in ended if record["status"] == "failed"]
     following = f"python -m lm_jax.fit {out / 'runs.jsonl'}" if status == "ok" else \
         f"{sweep.command(argv)}   # goes on with what is missing"

@@ -14,72 +14,102 @@ from pathlib import Path
 import jax
 from ml_collections import config_flags
 
-from lm_jax import config, errors, hosts, parallel, signals
+from lm_jax import config, errors, hosts, parallel, seal, signals
 from lm_jax.checkpoint import Checkpoints
 from lm_jax.clock import Clock
-from lm_jax.errors import ConfigError
+from lm_jax.errors import ConfigError, Failure
 from lm_jax.launchers.job import outcome
 from lm_jax.recipes import run
 from lm_jax.scaling import ladder, sweep, together
 from lm_jax.workdir import Workdir
 
 EXIT = {"ok": 0, "stopped": 75, "diverged": 78}
-FLAGS = {"out": "the sweep's folder", "points": "ids, with commas between"}
+FLAGS = {"out": "the sweep's folder", "points": "ids, with commas between",
+         "stacked": f"most parameters of points that share a program; default {sweep.STACKED}"}
 
 
 def main(argv):
     c, values = config.parse(argv, doc=__doc__, **FLAGS, **hosts.FLAGS)
     hosts.start(values.coordinator, values.processes, values.process)
     points = asked(sweep.points(config_flags.get_config_filename(values["config"]), values.config), values)
-    mesh, out, statuses = parallel.use(c.mesh), Path(values.out), set()
+    out, statuses, failures = Path(values.out), set(), []
     with signals.ending():
-        for batch, stack in batches(points, out):
-            statuses |= trained(batch, out, mesh, stack=stack)
+        for batch, stack in batches(points, out, float(values.stacked or sweep.STACKED)):
+            for ended in trained(batch, out, stack=stack):
+                if isinstance(ended, Failure):
+                    failures.append(ended)
+                else:
+                    statuses.add(ended)
             if "stopped" in statuses:
                 break
     status = next((status for status in ("stopped", "diverged") if status in statuses), "ok")
     hosts.exchange("end", status)
+    if failures and status != "stopped":
+        raise failures[0]
     return EXIT[status]
 
 
-def batches(points, out: Path):
+def batches(points, out: Path, stacked: float):
     """What is trained at once, shorter points before the longer ones that begin as they do; and whether as a stack."""
-    for group in sweep.groups(points, sweep.STACKED):
-        small = ladder.counts(group[0].planned)["total"] <= sweep.STACKED
+    for group in sweep.groups(points, stacked):
+        small = ladder.counts(group[0].planned)["total"] <= stacked
         stack = small and jax.device_count() == 1  # also of one: its lengths are one program, which makes many steps
         for steps in sorted({point.config.train.steps for point in group}):
-            todo = [point for point in group if point.config.train.steps == steps
-                    and not outcome(out / "points" / point.id / "summary.json")]
+            todo = unfinished([point for point in group if point.config.train.steps == steps], out)
             yield from ([(todo, True)] if todo else []) if stack else [([point], False) for point in todo]
 
 
-def trained(points, out: Path, mesh: dict, *, stack: bool) -> set[str]:
-    """Train points of one length, in a stack or a single one on the mesh; how they ended."""
-    members = []
+def unfinished(points, out: Path) -> list[sweep.Point]:
+    """Those that have no result, as process 0 sees the disk."""
+    todo = ",".join(point.id for point in points if not outcome(out / "points" / point.id / "summary.json"))
+    told = hosts.exchange("todo", todo)[0].split(",")
+    return [point for point in points if point.id in told]
+
+
+def trained(points, out: Path, *, stack: bool) -> list[str | Failure]:
+    """Train points of one length, in a stack or a single one on the mesh; of each how it ended, or why it could not
+    begin, which keeps no other from it."""
+    mesh, members, found = parallel.use(points[0].config.mesh), {}, {}
+    with Clock() as clock:
+        for point in points:
+            workdir = Workdir(out / "points" / point.id, writes=jax.process_index() == 0)
+            try:
+                recipe = run.opened(point.config, workdir, clock, hosts.mark())
+            except Failure as reason:
+                found[point] = reason
+                continue
+            if members and recipe.store.digest == (first := next(iter(members.values())).recipe).store.digest:
+                recipe = replace(recipe, store=first.store)
+            members[point] = together.Member(recipe, workdir, beginning(point, out))
+        if stack and members:
+            found |= dict(zip(members, together.train(list(members.values()), clock, mesh)))
+        elif members:
+            (point, one), = members.items()
+            found[point], _ = run.train(one.recipe, one.workdir, clock, mesh, start=one.start)
     for point in points:
-        workdir = Workdir(out / "points" / point.id, writes=jax.process_index() == 0)
-        clock = Clock()
-        recipe = run.opened(point.config, workdir, clock, hosts.mark())
-        if members and recipe.store.digest == members[0].recipe.store.digest:
-            recipe = replace(recipe, store=members[0].recipe.store)
-        members.append(together.Member(recipe, workdir, clock, beginning(point, out)))
-    if stack:
-        summaries = together.train(members, mesh)
-    else:
-        summaries = [run.train(one.recipe, one.workdir, one.clock, mesh, start=one.start)[0] for one in members]
-    for point, member, summary in zip(points, members, summaries):
-        hosts.say(f"{point}: {summary['status']} after {summary['steps']:,} steps"
-                  + (f", validation loss {summary['val_loss']:.4f}" if "val_loss" in summary else ""))
-        member.clock.close()
-        member.workdir.close()
-    return {summary["status"] for summary in summaries}
+        if point in members:
+            members[point].workdir.close()
+        hosts.say(f"{point}: {told(found[point])}")
+    return [ended if isinstance(ended, Failure) else ended["status"] for ended in found.values()]
+
+
+def told(ended: dict | Failure) -> str:
+    if isinstance(ended, Failure):
+        return f"cannot be trained: {ended}"
+    return f"{ended['status']} after {ended['steps']:,} steps" + (
+        f", validation loss {ended['val_loss']:.4f}" if "val_loss" in ended else "")
 
 
 def beginning(point: sweep.Point, out: Path) -> str | None:
     """The sibling's folder, if it has kept what the point can begin as; else the point is trained from its first step.
     """
-    folder = out / "points" / point.sibling
-    kept = point.begins and point.begins in Checkpoints(folder / "checkpoints").steps()
+    folder, kept = out / "points" / point.sibling, False
+    if point.begins and point.begins in Checkpoints(folder / "checkpoints").steps():
+        try:
+            seal.verify(folder / "checkpoints" / str(point.begins))
+            kept = True
+        except seal.DamagedError as damage:
+            hosts.say(f"{point} begins at its first step: checkpoint {point.begins} of {folder} is damaged: {damage}")
     return hosts.exchange("beginning", str(folder) if kept else "")[0] or None  # as process 0 sees the disk
 
 

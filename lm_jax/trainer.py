@@ -154,7 +154,7 @@ class Trainer:
         gone, lost = self.workdir.keep_metrics(step, evaluated=evaluated)
         self.clock.replayed(lost * self.config.train.log_every)
         if tree:
-            self.state, self.begun = resumed(self.state, tree), extra["begun"]
+            self.state, self.begun = resumed(self.state, tree), extra.get("begun", 0)  # 0: from before there were branches
             say(f"resumed at step {step}" + (f"; {gone} later rows of metrics.jsonl are made again" if gone else ""))
         return step, extra["seconds"]
 

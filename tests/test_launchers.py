@@ -24,7 +24,7 @@ NEEDED = {"jobset": BUCKET | {"image": "gcr.io/p/image:1"}, "sky": BUCKET, "slur
 
 
 def jobs(*words, program="train", minutes=0.0) -> list[Job]:
-    return [Job((program, *words, f"--workdir={folder}"), minutes, (f"{folder}/summary.json",))
+    return [Job(id, (program, *words, f"--workdir={folder}"), minutes, (f"{folder}/summary.json",))
             for id in IDS for folder in [f"/bucket/x/points/{id}"]]
 
 

@@ -49,7 +49,7 @@ def jobs(out, points: dict, minutes=0.0):
         folder = out / "points" / name
         folder.mkdir(parents=True, exist_ok=True)
         argv = ("python", "-c", POINT, str(folder), what, str(seconds))
-        made.append(Job(argv, minutes, (str(folder / "summary.json"),)))
+        made.append(Job(name, argv, minutes, (str(folder / "summary.json"),)))
     return made
 
 

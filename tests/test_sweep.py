@@ -81,7 +81,7 @@ def test_a_points_command_makes_exactly_its_config(tmp_path):
              "'model.norm': 'layer', 'train.steps': 9}]")
     points, argv = read(tmp_path, every, "--config.train.steps=7", "--config.optim.eps",
                         "1e-9", "--config.data.epochs=()")
-    (job,) = sweep.jobs(points, argv, tmp_path / "out", minutes=3)
+    (job,) = sweep.jobs(points, {points[0].id}, argv, tmp_path / "out", minutes=3)
     assert job.argv[:3] == ("python", "-m", "lm_jax.train") and "--config.train.steps=7" not in job.argv
     parsed, values = config.parse(list(job.argv[2:]), doc="")
     assert parsed == points[0].config and parsed.optim.eps == 1e-9 and parsed.data.epochs == (2.0,)
@@ -123,7 +123,8 @@ def test_records_are_what_a_fit_reads(tmp_path):
     leave(tmp_path, "stopped", status="stopped")
     leave(tmp_path, "diverged", status="diverged", val_loss=None, tokens=1)
     failed = leave(tmp_path, "failed", status="stopped")
-    (failed / "failure.json").write_text(json.dumps({"code": 1, "tries": 3, "why": "exit code 1", "last_line": "no"}))
+    failure = {"code": 1, "tries": 3, "why": "exit code 1", "last_line": "no", "log": "points/failed/log.txt"}
+    (failed / "failure.json").write_text(json.dumps(failure))
     found, notes = records.rebuild(tmp_path, {"a": {"seed": 4}})
     assert set(found) == {"a", "b", "diverged", "failed"} and notes == []
     assert found["a"]["config"] == {"seed": 4} and found["a"]["batch"] == 64 and found["a"]["flags"] == []

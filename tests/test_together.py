@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from test_sweep import read
@@ -38,13 +39,12 @@ def alone(point, folder) -> dict:
 
 def stacked(points, out) -> list[dict]:
     members = []
-    for point in points:
-        workdir = Workdir(out / point.id)
-        clock = Clock()
-        members.append(together.Member(run.opened(point.config, workdir, clock), workdir, clock))
-    found = together.train(members, {})
+    with Clock() as clock:
+        for point in points:
+            workdir = Workdir(out / point.id)
+            members.append(together.Member(run.opened(point.config, workdir, clock), workdir))
+        found = together.train(members, clock, {})
     for member in members:
-        member.clock.close()
         member.workdir.close()
     return found
 
@@ -78,7 +78,7 @@ def test_a_run_that_diverges_ends_alone(tmp_path):
 def test_trunks_and_stacks_go_on_where_they_were_stopped_and_are_charged_once(tmp_path):
     points, argv = read(tmp_path, WSD((40, 70), (0, 1)), "--config.train.checkpoint_every=10")
     out = tmp_path / "out"
-    (job,) = sweep.jobs(points, argv, out)
+    (job,) = sweep.jobs(points, {point.id for point in points}, argv, out)
     assert job.argv[:3] == ("python", "-m", "lm_jax.together") and set(job.points) == {p.id for p in points}
     command = [sys.executable, *job.argv[1:]]
     one = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
@@ -106,14 +106,38 @@ def test_trunks_and_stacks_go_on_where_they_were_stopped_and_are_charged_once(tm
     assert short[-1] != long[39]
 
 
+def test_a_damaged_member_or_trunk_costs_no_other_point_anything(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    points, _ = read(tmp_path, WSD((20, 30), (0, 1)))
+    out = tmp_path / "out"
+    broken = out / "points" / points[1].id
+    broken.mkdir(parents=True)
+    (broken / "config.json").write_text('{"name": ')
+    (broken / "metrics.jsonl").write_text("{}\n")
+    ended = dict(zip((point.id for point in points[:2]), program.trained(points[:2], out, stack=True)))
+    assert "ok" in ended.values() and any(isinstance(one, ConfigError) for one in ended.values())
+    assert "config.json is no JSON" in capsys.readouterr().out
+    (trunk,) = (out / "points" / points[0].id / "checkpoints").glob(str(points[2].begins))
+    file = max((path for path in trunk.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert program.trained(points[2:3], out, stack=True) == ["ok"]
+    assert "begins at its first step" in capsys.readouterr().out
+    summary = json.loads((out / "points" / points[2].id / "summary.json").read_text())
+    assert summary["flops_spent"] == summary["flops"]
+
+
 def test_points_share_a_command_only_where_their_numbers_stay(tmp_path):
     points, argv = read(tmp_path, WSD((40, 70), (0, 1)) + " + [{'seed': 2}, {'seed': 3}, {'model.depth': 2}]")
-    split = lambda **more: sorted(len(job.points) for job in sweep.jobs(points, argv, tmp_path, **more))
+    jobs = lambda left=points, **more: sweep.jobs(points, {point.id for point in left}, argv, tmp_path, **more)
+    split = lambda **more: sorted(len(job.points) for job in jobs(**more))
     assert split() == [1, 2, 4], "a trunk's lengths, and seeds of one length; not another model"
     assert split(stacked=0) == [1, 1, 1, 2, 2], "without stacks there are still trunks"
+    assert split(least=4) == [1, 1, 1, 2, 2], "where more could be at work, stacks are cut"
     long = next(point for point in points if point.begins)
-    (rest,) = sweep.jobs([long], argv, tmp_path)
-    assert rest.argv[2] == "lm_jax.together", "the only one left begins as its sibling, which is done"
+    (rest,) = jobs([long])
+    assert rest.argv[2] == "lm_jax.together" and rest.points == (long.id,)
+    assert rest.id in {job.id for job in jobs()}, "a job keeps its name, whatever of it is done"
+    assert [job.minutes for job in jobs(minutes=3) if len(job.points) == 4] == [6], "once a length"
     assert watch.spent(points) < sum(point.flops for point in points)
     prices = sweep.Prices(topology.parse("v5e-1"))
     assert prices.hours(long) == pytest.approx(prices.forecast(long).hours * (70 - long.begins))

@@ -12,6 +12,7 @@ class Job:
     """Points of a sweep that one command runs, most often one: several share a program, or a trunk. Running it again,
     after whatever end, goes on from what was saved."""
 
+    id: str  # of the first point of its group, be that done or not; its folder holds log.txt of the local launcher
     argv: tuple[str, ...]  # the complete command: ("python", "-m", "lm_jax.train", "--config=...", "--workdir=...")
     minutes: float  # time limit; 0 is none
     results: tuple[str, ...]  # what ends each, renamed into place: <out>/points/<id>/summary.json with ok or diverged
@@ -22,13 +23,8 @@ class Job:
         return tuple(Path(result).parent.name for result in self.results)
 
     @property
-    def id(self) -> str:
-        """Of its first point, whose folder holds log.txt where the local launcher ran it."""
-        return self.points[0]
-
-    @property
     def folder(self) -> Path:
-        return Path(self.results[0]).parent
+        return Path(self.results[0]).parent.with_name(self.id)
 
     def outcomes(self) -> dict[str, str | None]:
         """Of each point."""

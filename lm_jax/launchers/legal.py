@@ -13,6 +13,7 @@ from lm_jax.errors import ConfigError
 from lm_jax.launchers.job import Job
 
 STOPPED = 75  # exit code of a run that was stopped and has saved: the same command goes on
+HUNG = 76  # of a run that its own watchdog ended
 LATE = 124  # of `timeout`, when the time was up
 FINAL = (74, 77, 78, 79, LATE)  # of ends that the same command meets again: no room, damaged, diverged, too slow
 REFUSED = 2  # the config cannot run; also, of several processes, that the others did not come in time, which may pass
@@ -81,7 +82,7 @@ def checked(jobs: Sequence[Job]) -> list[Job]:
     if not jobs:
         raise ConfigError("no point is left to submit")
     for job in jobs:
-        for point in job.points:
+        for point in {job.id, *job.points}:
             if not re.fullmatch(r"[0-9a-f]{12}", point):
                 raise ConfigError(f"a point's id is twelve hex digits, not {point!r}")
         if any("\0" in word for word in job.argv):

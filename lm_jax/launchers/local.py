@@ -126,6 +126,7 @@ class Pool:
         for file in self._failures(job):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.unlink(missing_ok=True)
+        job.folder.mkdir(parents=True, exist_ok=True)
         locks = own + held
         argv = [sys.executable if job.argv[0] == "python" else job.argv[0], *job.argv[1:]]
         with open(job.folder / "log.txt", "a") as log:
@@ -172,7 +173,7 @@ class Pool:
             self.say(f"{job.id} ended, {why}: attempt {self.tries[job.id] + 1} of {self.retries + 1}")
             return
         self.at[job.id], last = "failed", job.last_line()
-        failure = {"code": code, "tries": self.tries[job.id], "why": why, "last_line": last}
+        failure = {"code": code, "tries": self.tries[job.id], "why": why, "last_line": last, "log": str(job.folder / "log.txt")}
         for file in self._failures(job):
             disk.replace(file, [json.dumps(failure, indent=2), "\n"])
         self.say(f"{job.id} failed, {why}, and is given up after {self.tries[job.id]} attempts: {last}")

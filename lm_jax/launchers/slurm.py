@@ -30,6 +30,7 @@ SETTINGS = {
     "constraint": Setting("feature of nodes"), "reservation": Setting("reservation"),
     "cpus": Setting("CPUs a node", "number"), "memory": Setting("memory a node, as in 200G; 0 is all of it"),
 }
+HANGS = 10  # a task that hung is put back unless it has been so often
 OPTIONS = {"cpus": "cpus-per-task", "memory": "mem"}  # sbatch's own names, where they are others
 PASSED = ("partition", "account", "qos", "constraint", "reservation", "cpus", "memory", "time")
 
@@ -72,6 +73,7 @@ def _script(jobs: Sequence[Job], given: dict) -> list[str]:
         f'srun --kill-on-bad-exit=0 --wait={legal.GRACE} "$@"  # the last to save has so long after the first',
         "code=$?",
         f'kill "$timer" 2>/dev/null || [ "$limit" -eq 0 ] || [ "$code" -ne {legal.STOPPED} ] || code={legal.LATE}',
-        f'if [ "$code" -eq {legal.STOPPED} ]; then scontrol requeue {task}; fi',
+        f'if [ "$code" -eq {legal.STOPPED} ] || {{ [ "$code" -eq {legal.HUNG} ] '
+        f'&& [ "${{SLURM_RESTART_COUNT:-0}}" -lt {HANGS} ]; }}; then scontrol requeue {task}; fi',
         'exit "$code"',
     ]

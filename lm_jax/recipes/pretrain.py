@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -85,8 +86,9 @@ class Evaluation:
     and, where a causal source knows it, true_loss and excess_loss. "all" pools several sources.
     """
 
-    def __init__(self, pretraining: Pretraining):
-        self.store, self.config = pretraining.store, pretraining.config
+    def __init__(self, pretraining: Pretraining, *, beat: Callable[[], None] = lambda: None):
+        """`beat` is called after each batch, for whoever waits for a sign of life."""
+        self.store, self.config, self.beat = pretraining.store, pretraining.config, beat
         self.sums = jax.jit(losses.row_sums)
 
     def __call__(self, model, rows: int) -> dict[str, dict]:
@@ -101,7 +103,10 @@ class Evaluation:
         batches = ({**batch, "bytes": lengths[batch["targets"]].astype(np.float32)}
                    for batch in validation(self.store, self.config.data, tag, batch=most, rows=rows, here=here))
         # one program at a time: on CPU devices many at once wait for each other's threads and may never end
-        sums = (jax.device_get(self.sums(model, hosts.put_batch(batch, most))) for batch in batches)
+        sums = []
+        for batch in batches:
+            sums.append(jax.device_get(self.sums(model, hosts.put_batch(batch, most))))
+            self.beat()
         return _total({key: float(value) for key, value in one.items()} for one in sums)
 
     def _truth(self, tag, sums):

@@ -32,7 +32,7 @@ def train(recipe: pretrain.Pretraining, workdir: Workdir, clock: Clock, mesh: di
 
     `start` is the folder of a run that this one begins as.
     """
-    c, begun, evaluation = recipe.config, time.time(), pretrain.Evaluation(recipe)
+    c, begun, evaluation = recipe.config, time.time(), pretrain.Evaluation(recipe, beat=clock.beat)
     plan = recipe.recipe((pretrain.evaluate_every(c, evaluation),))
     with trainer.Trainer(c, recipe.model(), plan, workdir, start=start, clock=clock, say=hosts.say) as run:
         manifest(recipe, workdir, mesh)

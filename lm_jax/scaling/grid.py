@@ -45,6 +45,8 @@ def branches(c, models: Sequence[dict], amounts: Iterable[float], *, rules: Rule
     begins (Hägele et al. 2024). ConfigError for a cool-down that would leave loss to lose, or begins in the warm-up.
     """
     points, amounts = [], sorted(amounts)
+    if not amounts:
+        raise ConfigError("branches without amounts: name the tokens that each ends at, as in (1e6, 2e6, 4e6)")
     for model in models:
         longest = ladder.point(c, model, tokens=amounts[-1], rules=rules) | {"optim.schedule": "wsd"}
         o = replace(ladder.sized(c, model).optim, schedule="wsd", warmup=longest["optim.warmup"])

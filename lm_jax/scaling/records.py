@@ -52,19 +52,30 @@ def rebuild(out: Path, asked: dict[str, dict]) -> tuple[dict[str, dict], list[st
 
 
 def of_folder(folder: Path, overrides: dict) -> tuple[dict | None, str]:
-    """A point's record, None while it has not ended; and what is wrong with its files."""
+    """A point's record, None while it has not ended; and what is wrong with its files.
+
+    A result without a manifest that tells what it is of is set aside, so that the point goes on from its checkpoint.
+    """
     try:
         summary, manifest, failure = (disk.read_json(folder / f"{name}.json")
                                       for name in ("summary", "manifest", "failure"))
-    except ValueError as error:
-        return None, f"points/{folder.name} has a damaged record ({error}): it goes on from its last checkpoint"
-    if not summary or not manifest or summary.get("status") not in ENDED:
-        return failure and _failed(folder.name, failure, manifest, overrides), ""
+        if not summary or summary.get("status") not in ENDED:
+            return failure and _failed(folder.name, failure, manifest, overrides), ""
+        return plain(_record(folder.name, summary, manifest, overrides)), ""
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "summary.json").rename(folder / "summary.json.bad")
+        return None, (f"points/{folder.name} has a damaged record ({type(error).__name__}: {error}): it goes on from "
+                      "its last checkpoint")
+
+
+def _record(name: str, summary: dict, manifest: dict, overrides: dict) -> dict:
     c, n = manifest["config"], manifest["parameters"]
-    record = {
-        "run": folder.name, "params": {"total": n["total"], "non_embedding": n["non_embedding"],
-                                       "effective": manifest["flops_per_token"] / 6},
-        "tokens": summary["tokens"], "flops": summary["flops"], "flops_spent": summary["flops_spent"],
+    return {
+        "run": name, "params": {"total": n["total"], "non_embedding": n["non_embedding"],
+                                "effective": manifest["flops_per_token"] / 6},
+        "tokens": summary["tokens"], "flops": summary["flops"],
+        "flops_spent": summary.get("flops_spent", summary["flops"]),  # equal, before runs could share a trunk
         "flops_convention": CONVENTION,
         "loss": summary.get("val_loss"), "loss_stderr": summary.get("val_loss_stderr"),
         "bits_per_byte": summary.get("val_bits_per_byte"), "lr": c["optim"]["lr"],
@@ -73,7 +84,6 @@ def of_folder(folder: Path, overrides: dict) -> tuple[dict | None, str]:
         "tokenizer": manifest["tokenizer"], "data_digest": manifest["data_digest"],
         "code_revision": manifest["code_revision"], "seconds": summary["seconds"], "steps": summary["steps"],
         "true_loss": summary.get("true_loss"), "config": overrides}
-    return plain(record), ""
 
 
 def flags(c: dict, status: str) -> list[str]:
@@ -103,7 +113,7 @@ def _edges(records: list[dict]):
 
 def _failed(name: str, failure: dict, manifest: dict | None, overrides: dict) -> dict:
     return {"run": name, "status": "failed", "flags": ["failed"], "loss": None, "flops": None, "config": overrides,
-            "why": failure["why"], "last_line": failure["last_line"], "tries": failure["tries"],
+            "why": failure["why"], "last_line": failure["last_line"], "tries": failure["tries"], "log": failure["log"],
             "code_revision": (manifest or {}).get("code_revision")}
 
 

@@ -30,6 +30,7 @@ from lm_jax.workdir import FREE
 
 
 STACKED = 2**24  # most parameters of runs that share a program: beyond, one alone keeps a device busy
+LOGITS = 2**28  # and most logits of a step of them all: 1 GiB
 
 
 @dataclass(frozen=True)
@@ -132,24 +133,33 @@ def resolved(base: ml_collections.ConfigDict, overrides: dict) -> Point:
 
 
 def identity(c: Config) -> str:
-    """Twelve digits that name the numbers a config will give: keys that may change while a run goes on don't count."""
+    """Twelve digits that name the numbers a config will give: its name, and keys that may change while a run goes on,
+    don't count."""
+    c = dataclasses.replace(c, name="")
     return config.digest({key: value for key, value in _flat(config.to_dict(c)) if not f"{key}:".startswith(FREE)})
 
 
-def jobs(points: Sequence[Point], argv: Sequence[str], out: Path, *, minutes: float = 0, stacked: float = STACKED
-         ) -> list[Job]:
+def jobs(points: Sequence[Point], left: set[str], argv: Sequence[str], out: Path, *, minutes: float = 0,
+         stacked: float = STACKED, least: int = 1) -> list[Job]:
     """Points as commands: a point by itself is a run of `lm_jax.train`; those that share a trunk, or are small and
-    differ in what `together` stacks, up to so many parameters, are one of `lm_jax.together`."""
+    differ in what `together` stacks, up to so many parameters, are one of `lm_jax.together`.
+
+    Only what is in `left` is run, but all points are grouped, in `least` jobs if they can be: a job is the same one, of
+    the same name, whatever of it is done. A time limit is of each length that a job trains.
+    """
     made = []
-    for group in groups(points, stacked):
-        results = tuple(str(out / "points" / point.id / "summary.json") for point in group)
-        if len(group) == 1 and not group[0].begins:
+    for group in groups(points, stacked, least=least):
+        todo = [point for point in group if point.id in left]
+        results = tuple(str(out / "points" / point.id / "summary.json") for point in todo)
+        if not todo:
+            continue
+        if len(group) == 1:
             command = alone(group[0], argv, out)
         else:
             base = [argument for _, argument in _of_config(argv)]
-            command = ("python", "-m", "lm_jax.together", *base, f"--out={out}",
-                       f"--points={','.join(point.id for point in group)}")
-        made.append(Job(command, minutes * len(group), results))
+            command = ("python", "-m", "lm_jax.together", *base, f"--out={out}", f"--stacked={stacked:.0f}",
+                       f"--points={','.join(point.id for point in todo)}")
+        made.append(Job(group[0].id, command, minutes * len({point.config.train.steps for point in todo}), results))
     return made
 
 
@@ -160,19 +170,26 @@ def alone(point: Point, argv: Sequence[str], out: Path) -> tuple[str, ...]:
     return ("python", "-m", "lm_jax.train", *base, *own, f"--workdir={out / 'points' / point.id}")
 
 
-def groups(points: Sequence[Point], stacked: float) -> list[list[Point]]:
+def groups(points: Sequence[Point], stacked: float, *, least: int = 1) -> list[list[Point]]:
     """Points that one process runs: all lengths of runs that share a trunk, and of as many runs as may be stacked."""
-    lanes = {}
+    sets = {}
     for point in points:
         steps = 1 if point.config.optim.schedule == "wsd" else point.config.train.steps
         c = dataclasses.replace(point.config, train=dataclasses.replace(point.config.train, steps=steps))
-        lanes.setdefault(identity(together.alike(c)), {}).setdefault(identity(c), []).append(point)
-    found = []
-    for alike in lanes.values():
-        runs = list(alike.values())
-        most = max(1, int(stacked / ladder.counts(runs[0][0].planned)["total"]))
+        sets.setdefault(together.alike(c), {}).setdefault(c, []).append(point)
+    found, parts = [], -(-least // max(1, len(sets)))
+    for runs in map(list, map(dict.values, sets.values())):
+        most = min(_most(runs[0][0].planned, stacked), -(-len(runs) // parts))
         found += [[point for run in runs[i:i + most] for point in run] for i in range(0, len(runs), most)]
     return found
+
+
+def _most(c: Config, stacked: float) -> int:
+    """How many runs like this one share a program."""
+    if "wandb" in c.train.loggers:  # knows one run a process
+        return 1
+    logits = c.train.batch // c.train.microbatches * sum(row_lengths(c)) * c.model.vocab
+    return max(1, int(min(stacked / ladder.counts(c)["total"], LOGITS / logits)))
 
 
 def unchanged(points: Sequence[Point], records: dict[str, dict], *, say=print):

@@ -21,13 +21,15 @@ from lm_jax import optim, signals, trainer
 from lm_jax.clock import Clock
 from lm_jax.config import Config
 from lm_jax.data.loader import Loader
+from lm_jax.errors import Failure
 from lm_jax.models import transformer
 from lm_jax.models.layers import kinds
 from lm_jax.recipes import pretrain, run
-from lm_jax.trainer import Trainer
+from lm_jax.trainer import Every, Trainer
 from lm_jax.workdir import Workdir
 
 STEPS = 32  # that a program makes at most
+PATIENT = 3.0  # seconds of steps at once: a signal waits for twice as long
 VARIED = ("seed", "optim.lr", "optim.weight_decay", "model.init_std")
 
 
@@ -39,40 +41,61 @@ def alike(c: Config) -> Config:
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a stack: its recipe, its folder, its clock, and the folder of a run that it begins as."""
+    """One run of a stack: its recipe, its folder, and the folder of a run that it begins as."""
 
     recipe: pretrain.Pretraining
     workdir: Workdir
-    clock: Clock
     start: str | None = None
 
 
-def train(members: Sequence[Member], mesh: dict) -> list[dict]:
-    """Train runs of one length to their ends or a signal; the summaries that are also in their folders."""
-    begun, first = time.time(), members[0].recipe
-    evaluation = pretrain.Evaluation(first)
+def train(members: Sequence[Member], clock: Clock, mesh: dict) -> list[dict | Failure]:
+    """Train runs of one length to their ends or a signal; of each the summary that is also in its folder, or why it
+    could not begin, which keeps no other from it."""
+    begun, evaluation = time.time(), pretrain.Evaluation(members[0].recipe, beat=clock.beat)
     with contextlib.ExitStack() as stack:
-        runs = []
+        runs, found = {}, {}
         for member in members:
-            c = member.recipe.config
-            plan = member.recipe.recipe((pretrain.evaluate_every(c, evaluation),))
-            one = Trainer(c, member.recipe.model(), plan, member.workdir, start=member.start, clock=member.clock,
-                          quiet=bool(runs))
-            runs.append(stack.enter_context(one))
+            try:
+                one = _trainer(member, evaluation, clock, quiet=bool(runs))
+            except Failure as reason:
+                found[member] = reason
+                continue
+            runs[member] = stack.enter_context(one)
             run.manifest(member.recipe, member.workdir, mesh)
-        statuses = {}
-        for done in sorted({one.done for one in runs}):  # where a kill left some a save behind the others
-            level = [(one, member.recipe.loader) for member, one in zip(members, runs) if one.done == done]
-            statuses |= dict(zip((id(one) for one, _ in level), Stack(*zip(*level)).fit()))
-        return [run.ended(member.recipe, one, statuses[id(one)], evaluation, begun)
-                for member, one in zip(members, runs)]
+        statuses = dict.fromkeys(runs, "stopped")
+        for done in sorted({one.done for one in runs.values()}):  # where a kill left some a save behind the others
+            level = [member for member in runs if runs[member].done == done]
+            ends = Stack([runs[member] for member in level], [member.recipe.loader for member in level], clock).fit()
+            statuses |= dict(zip(level, ends))
+            if "stopped" in ends:
+                break
+        found |= {member: run.ended(member.recipe, one, statuses[member], evaluation, begun)
+                  for member, one in runs.items()}
+    return [found[member] for member in members]
+
+
+def _trainer(member: Member, evaluation, clock: Clock, *, quiet: bool) -> Trainer:
+    """The trainer of a run, from its first step if what it was to begin as is damaged or another's."""
+    c = member.recipe.config
+    plan = member.recipe.recipe((pretrain.evaluate_every(c, evaluation),))
+    make = lambda start: Trainer(c, member.recipe.model(), plan, member.workdir, start=start, clock=clock, quiet=quiet)
+    if member.start is None:
+        return make(None)
+    try:
+        return make(member.start)
+    except Failure as reason:
+        print(f"cannot begin as {member.start}, so from the first step: {reason}", flush=True)
+        return make(None)
 
 
 class Stack:
     """Trainers of equal configs but for `VARIED`, all after the same step, as one state; and the loader of each."""
 
-    def __init__(self, runs: Sequence[Trainer], loaders: Sequence[Loader]):
-        self.runs, self.loaders, self.done, self.last = runs, loaders, runs[0].done, runs[0].config.train.steps
+    def __init__(self, runs: Sequence[Trainer], loaders: Sequence[Loader], clock: Clock):
+        self.runs, self.loaders, self.clock = runs, loaders, clock
+        self.done, self.last = runs[0].done, runs[0].config.train.steps
+        self.room = min([STEPS, *(hook.steps for hook in runs[0].hooks if isinstance(hook, Every))])
+        self.most = self.room  # steps to send at once
         self.alive = set(range(len(runs)))
         leaves, self.structures = zip(*(jax.tree.flatten(one.state) for one in runs))  # which know each its init_std
         self.states = jax.tree.unflatten(self.structures[0], map(jnp.stack, zip(*leaves)))
@@ -81,34 +104,33 @@ class Stack:
                            for name in ("lr", "weight_decay"))
         common = alike(replace(runs[0].config, model=runs[0].state.model.cfg))
         self.advance = program(replace(common, train=replace(common.train, steps=1)))
-        self._sent, self._compiled = None, False
+        self._sent = None
 
     def fit(self) -> list[str]:
         """Train; of each run "ok", "stopped" or "diverged", as `Trainer.fit`; saved."""
         self._clock = time.perf_counter()
-        with signals.caught() as stop, self._phase("step"):
+        with signals.caught() as stop, self.clock.phase("step"):
             while self.done < self.last and self.alive and not stop:
                 self._step()
         self._read()
         self._share()
-        for one in self.runs:
-            one.finish()
+        for r in self.alive:
+            self.runs[r].finish()
         over = "ok" if self.done == self.last else "stopped"
         return [over if r in self.alive else "diverged" for r in range(len(self.runs))]
 
     def _step(self):
         """Send as many steps as there are before anything is due, and read what was sent before."""
         due = lambda step: [hook for hook in self.runs[0].hooks if hook.due(step, self.last)]
-        ends = range(self.done + 1, self.done + STEPS + 1)
+        ends = range(self.done + 1, self.done + self.most + 1)
         count = next((end for end in ends if due(end)), ends[-1]) - self.done
         begun = time.perf_counter()
         size = self.loaders[0].batch_size
         rows = np.arange(self.done * size, (self.done + count) * size)
-        batches = _stacked([loader.rows(rows) for loader in self.loaders], count)
+        with self.clock.phase("wait"):
+            batches = _stacked([loader.rows(rows) for loader in self.loaders], count, self.room)
         waited = time.perf_counter() - begun
-        with self._phase("step" if self._compiled else "compile"):
-            self.states, metrics = self.advance(self.states, batches, self.keys, self.rates, self.last, count)
-        self._compiled = True
+        self.states, metrics = self._advanced(batches, count)
         self._read()
         self._sent = (self.done, count, metrics, waited)
         self.done += count
@@ -121,12 +143,18 @@ class Stack:
                         hook.do(self.runs[r])
             self._clock = time.perf_counter()
 
-    @contextlib.contextmanager
-    def _phase(self, name: str):
-        with contextlib.ExitStack() as stack:
-            for one in self.runs:
-                stack.enter_context(one.clock.phase(name))
-            yield
+    def _advanced(self, batches, count: int):
+        """The states after so many steps, and their metrics; the first call compiles, which is no time of a step's."""
+        send = lambda: self.advance(self.states, batches, self.keys, self.rates, self.last, count)
+        if self.runs[0].meter.compile_seconds:
+            return send()
+        begun = time.perf_counter()
+        with self.clock.phase("compile"):
+            sent = send()
+        self._clock = time.perf_counter()
+        for one in self.runs:
+            one.meter.compile_seconds = self._clock - begun
+        return sent
 
     def _read(self):
         """Write the rows of the steps sent last; a run whose updates are all refused is over."""
@@ -134,14 +162,16 @@ class Stack:
             return
         (first, count, metrics, waited), self._sent = self._sent, None
         metrics = jax.device_get(metrics)
+        self.clock.step()
         now = time.perf_counter()
         share = 1 / (count * len(self.runs))  # of the time, which the runs have in common
         seconds, self._clock = (now - self._clock) * share, now
+        each = max(seconds * len(self.runs), 1e-6)
+        self.most = max(1, min(self.room, int(PATIENT / each)))
         for r in sorted(self.alive):
             one = self.runs[r]
             for i in range(count):
                 numbers = {name: values[i, r].item() for name, values in metrics.items() if name != "objective"}
-                one.clock.step()
                 one.meter.record(first + i + 1, numbers, seconds, waited * share)
                 one.done = first + i + 1
                 if one.meter.streak >= trainer.PATIENCE:
@@ -156,8 +186,8 @@ class Stack:
 
 @functools.cache
 def program(c: Config):
-    """The jitted (states, batches [STEPS, R, ...], keys_R, (rates_R, decays_R), steps of the run, steps to make) ->
-    (states, metrics [STEPS, R]) of runs that are `alike` this config; their length is an argument too."""
+    """The jitted (states, batches [room, R, ...], keys_R, (rates_R, decays_R), steps of the run, steps to make) ->
+    (states, metrics [room, R]) of runs that are `alike` this config; their length is an argument too."""
     model = jax.eval_shape(partial(transformer.make, c.model, seed=0))
     loss, groups = pretrain.loss(c), kinds(model)
 
@@ -178,7 +208,8 @@ def program(c: Config):
 
         first = jax.tree.map(lambda a: a[0], batches)
         metrics = jax.eval_shape(every, states, first, keys_R, rates, steps)[1]
-        rows = jax.tree.map(lambda a: jnp.zeros((STEPS, *a.shape), a.dtype), metrics)
+        room = len(jax.tree.leaves(batches)[0])
+        rows = jax.tree.map(lambda a: jnp.zeros((room, *a.shape), a.dtype), metrics)
         return jax.lax.fori_loop(0, count, body, (states, rows))
 
     return jax.jit(advance, donate_argnums=0)
@@ -190,11 +221,11 @@ def _apart(leaves: list) -> list[list]:
     return [[leaf[r] for leaf in leaves] for r in range(len(leaves[0]))]
 
 
-def _stacked(rows: list[dict], count: int):
-    """So many steps' rows of each run as batches [STEPS, R, B, ...], filled up with zeros."""
+def _stacked(rows: list[dict], count: int, room: int):
+    """So many steps' rows of each run as batches [room, R, B, ...], filled up with zeros."""
 
     def whole(*leaves):
-        batches = np.zeros((STEPS, len(leaves), len(leaves[0]) // count, *leaves[0].shape[1:]), leaves[0].dtype)
+        batches = np.zeros((room, len(leaves), len(leaves[0]) // count, *leaves[0].shape[1:]), leaves[0].dtype)
         for r, leaf in enumerate(leaves):
             batches[:count, r] = leaf.reshape(count, *batches.shape[2:])
         return batches

@@ -105,9 +105,10 @@ class Watch:
             self.live.stop()
 
     def __call__(self, pool: Pool):
-        changed = [name for name, state in pool.states.items() if self.states.get(name) != state]
-        over = [name for name in changed if pool.states[name] in OVER and self.before is not None]
-        self.states = dict(pool.states)
+        states = pool.states  # which reads the disk
+        changed = [name for name, state in states.items() if self.states.get(name) != state]
+        over = [name for name in changed if states[name] in OVER and self.before is not None]
+        self.states = states
         if over:
             self.last = over + self.last
             self.ended()
@@ -123,7 +124,8 @@ class Watch:
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
         running = [name for name, state in self.states.items() if state in ("running", "elsewhere")]
         at = {name: place for name in running if (place := self._place(name))}
-        for name in (running + self.last)[:ROWS]:
+        begun, others = list(at), [name for name in running if name not in at]
+        for name in (begun + self.last + others)[:ROWS]:
             state, point = self.states[name], self.points[name]
             said = self._result(name) if state in OVER else "starts" if name not in at else \
                 f"step {at[name][0]:,} of {point.config.train.steps:,} · loss {at[name][1]:.3f}"
