@@ -31,6 +31,7 @@ VARIANTS = {name: {} for name in OF_THE_ZOO} | ROPES | {
                                                                                 fraction=0.5, interleaved=True)),
     "plain": {},
     "encoder": dict(causal=False),
+    "labels": dict(head="classes", tied=False),
     "rope, grouped queries": dict(kv_heads=2, qk_norm=True),
     "learned, post-norm, biases": dict(positions="learned", norm="layer", norm_place="post", bias="all", gated=False),
     "sinusoidal, multi-query": dict(positions="sinusoidal", kv_heads=1, depth=1),
@@ -45,7 +46,7 @@ VARIANTS = {name: {} for name in OF_THE_ZOO} | ROPES | {
 GREEDY, DRAWN = Sampler(temperature=0), Sampler(temperature=0.7, top_k=9, top_p=0.95, repetition_penalty=1.2)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("plain", "encoder")])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("plain", "encoder", "labels")])
 def test_decoding_with_a_cache_is_the_full_pass(name, rng):
     model = make(name)
     batch = prompts(rng, [T, T], model=model)
@@ -151,7 +152,8 @@ def test_numbers_of_a_sampler_and_stops_need_no_new_program(rng):
 
 @pytest.mark.parametrize("name, knobs, message", [
     ("learned, post-norm, biases", dict(length=22), "at most 25 in all"), ("plain", dict(length=0), "length=0"),
-    ("encoder", dict(length=3), "sees both ways"), ("plain", dict(length=3, vocab=33), "vocab=33 and the model has 32"),
+    ("encoder", dict(length=3), "sees both ways"), ("labels", dict(length=3), "model.head='classes'"),
+    ("plain", dict(length=3, vocab=33), "vocab=33 and the model has 32"),
     ("plain", dict(length=3, sampler=[GREEDY]), "1 samplers for 2 rows")], ids=str)
 def test_what_cannot_be_generated_says_why(name, knobs, message, rng):
     model = make(name)

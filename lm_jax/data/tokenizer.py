@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
     mask: int
     modes: tuple[int, ...]  # UL2's denoisers: R, X, S
     chat: dict[str, int]  # system, user, assistant, end
-    specials: dict[str, int]  # every name that is an id and never text
+    specials: dict[str, int]  # names that its file has as ids and never as text
     sentinels: tuple[int, ...]  # 100 ids; the first corrupted span of a row is sentinels[0]
     digest: str  # of all that decides how text becomes ids
     byte_lengths: np.ndarray  # int32 [V]: bytes of text that an id stands for; specials have 0

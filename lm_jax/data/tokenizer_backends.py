@@ -49,7 +49,7 @@ class Vocabulary:
         self.modes = tuple(ids[name] for name in ("<R>", "<X>", "<S>"))
         self.chat = {role: ids[f"<{role}>"] for role in ROLES}
         self.sentinels = tuple(ids[name] for name in SENTINELS)
-        self.specials, self.vocab = specials | ids, end
+        self.specials, self.vocab = specials, end
         for i in ids.values():
             table[i:i + 1] = [None]  # in place, or one more at the end
         self.word_starts = np.array([piece is None or _starts_word(piece) for piece in table])

@@ -52,6 +52,8 @@ def asked(model, batch: Batch, sampler, *, length: int, stop, vocab: int) -> tup
     cfg, (B, T) = model.cfg, batch["tokens"].shape
     if not cfg.causal:
         raise ConfigError("generate with model.causal=False: a model that sees both ways cannot continue a text")
+    if cfg.head != "lm":
+        raise ConfigError(f"generate with model.head={cfg.head!r}: a text wants a head over the vocabulary, 'lm'")
     if T < 1 or B < 1:
         raise ConfigError(f"generate of {B} prompts of {T} tokens: at least one of one token, such as the text's start")
     if length < 1:

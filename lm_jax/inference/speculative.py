@@ -129,8 +129,9 @@ def _kept(p_ABV, q_ABV, tokens_AB, keys_B, written_B):
 def _next(p_ABV, q_ABV, kept_B, keys_B, written_B):
     """The token after what was kept: of what p has over q where a drafted one fell, of p after a whole draft."""
     here_AB = jnp.arange(len(p_ABV))[:, None] == kept_B
-    over_ABV = p_ABV - q_ABV.at[-1].set(0)
-    over_BV = jnp.where(here_AB[..., None], jnp.maximum(over_ABV, 0), 0).sum(0)
+    at = lambda each_ABV: jnp.where(here_AB[..., None], each_ABV, 0).sum(0)
+    over_BV = at(jnp.maximum(p_ABV - q_ABV.at[-1].set(0), 0))
+    over_BV = jnp.where(over_BV.any(-1, keepdims=True), over_BV, at(p_ABV))  # laws that are equal but for rounding
     return draw(jnp.log(over_BV), _keys(keys_B, written_B + kept_B, 2))
 
 
