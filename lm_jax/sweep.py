@@ -61,7 +61,7 @@ def main(argv):
     places = slots.slots(int(limits["jobs"])) if launcher == "local" else []
     single = all(len(slot.names) == 1 for slot in places) if places else prices.topology.chips == 1
     jobs = sweep.jobs(points, {point.id for point in left}, argv, out, minutes=limits["minutes"],
-                      stacked=limits["stacked"] if single else 0, least=len(places))
+                      stacked=limits["stacked"] if single else 0, least=max(1, len(places)))
     console = rich.console.Console()
     console.print(watch.plan(points, states, prices))
     if any(point.begins for point in points):

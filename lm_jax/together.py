@@ -76,20 +76,20 @@ def trained(points, out: Path, *, stack: bool) -> list[str | Failure]:
             try:
                 recipe = run.opened(point.config, workdir, clock, hosts.mark())
             except Failure as reason:
-                found[point] = reason
+                found[point.id] = reason
                 continue
             if members and recipe.store.digest == (first := next(iter(members.values())).recipe).store.digest:
                 recipe = replace(recipe, store=first.store)
-            members[point] = together.Member(recipe, workdir, beginning(point, out))
+            members[point.id] = together.Member(recipe, workdir, beginning(point, out))
         if stack and members:
             found |= dict(zip(members, together.train(list(members.values()), clock, mesh)))
         elif members:
             (point, one), = members.items()
             found[point], _ = run.train(one.recipe, one.workdir, clock, mesh, start=one.start)
     for point in points:
-        if point in members:
-            members[point].workdir.close()
-        hosts.say(f"{point}: {told(found[point])}")
+        if point.id in members:
+            members[point.id].workdir.close()
+        hosts.say(f"{point}: {told(found[point.id])}")
     return [ended if isinstance(ended, Failure) else ended["status"] for ended in found.values()]
 
 
