@@ -1,0 +1,48 @@
+"""Greedy text, penalties and beams are those of `transformers` on the same weights; needs the test-hf extra."""
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import hf  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from lm_jax import hub  # noqa: E402
+from lm_jax.inference import beam  # noqa: E402
+from lm_jax.inference.generate import generate  # noqa: E402
+from lm_jax.inference.sample import Sampler  # noqa: E402
+
+LENGTH, STOP = 10, 2
+NAMES = ("gpt2", "gemma2", "t5", "deepseek")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_text_and_beams_are_those_of_transformers(name, tmp_path):
+    theirs = hf.made(name)
+    theirs.save_pretrained(tmp_path)
+    settings = theirs.generation_config
+    settings.eos_token_id, settings.pad_token_id, settings.decoder_start_token_id = STOP, 0, 0
+    ours, prompts = hub.load(tmp_path, dtype="float32"), [[5, 9, 20, 33], [7, 8, 11]]
+    start = ours.cfg.encoder_depth > 0
+    batch = hub.batch(ours.cfg, [[0]] * 2 if start else prompts)
+    batch |= {"source": hub.batch(ours.cfg, prompts)} if start else {}
+    for penalty in (1.0, 1.4):
+        made = generate(ours, batch, Sampler(0, repetition_penalty=penalty), length=LENGTH, key=jax.random.key(0),
+                        stop=STOP)
+        for row, prompt in enumerate(prompts):
+            expected = written(theirs, prompt, start, repetition_penalty=penalty).sequences[0]
+            assert made.tokens_BT[row, :made.lengths_B[row]].tolist() == expected.tolist()[1 if start else len(prompt):]
+    found = beam.search(ours, batch, beams=3, length=LENGTH, stop=STOP)
+    for row, prompt in enumerate(prompts):
+        expected = written(theirs, prompt, start, num_beams=3, length_penalty=1.0, early_stopping="never")
+        np.testing.assert_allclose(found.scores_BW[row, 0], expected.sequences_scores[0], atol=1e-3)
+
+
+def written(model, prompt, start, **knobs):
+    with torch.inference_mode():
+        # its cache counts the layers of the encoder, where the decoder may have more
+        return model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=LENGTH, output_scores=True,
+                              return_dict_in_generate=True, use_cache=not start, **knobs)
