@@ -34,9 +34,9 @@ from lm_jax.workdir import plain
 
 LEVEL = 0.9
 TEXT = {"widths": (8, 12, 16, 24, 32, 48, 64), "steps": (512, 1024, 2048, 4096, 8192)}
-ZIPF = {"widths": (6, 8, 10, 12, 16, 20, 24), "steps": (512, 862, 1448, 2436, 4096)}
+ZIPF = {"widths": (6, 8, 10, 12, 16, 20, 24), "steps": (512, 862, 1448, 2436, 4096)}  # up to 23 the source is exact
 QUICK = {"text": {"widths": (8, 12, 16, 24, 32), "steps": (512, 768, 1152, 1728)},
-         "zipf": {"widths": (6, 8, 12, 16, 24), "steps": (512, 862, 1448, 2436)}}
+         "zipf": {"widths": (6, 8, 12, 16, 24), "steps": (512, 1024, 2048, 4096)}}
 COUNT = {"text": "total", "zipf": "non_embedding"}  # of the parameters that decide the loss
 BOTH = ("chinchilla", "kaplan_floor", "kaplan")  # laws of N and D
 
@@ -54,8 +54,8 @@ def get_config(name: str = "text"):
     c.train.eval_every = c.train.checkpoint_every = 10**6  # at the ends only
     {"text": _text, "zipf": _zipf}[_source(name)](c)
     c.train.steps = max(_plan(name)["steps"])
-    if "quick" in name.split("-"):
-        c.data.validation /= 2  # which is half of the time
+    if _plan(name) is QUICK["text"]:
+        c.data.validation = 0.01  # which a third of the time would go to
     return c
 
 
@@ -128,11 +128,11 @@ def predict(runs: table.Table, name: str) -> dict:
     found = []
     for N, D in sorted(every - set(zip(runs["N"], runs["D"]))):
         loss = lambda p: best.law.loss(p, {"N": N, "D": D})
-        low, high = intervals.profile(best, loss, level=LEVEL)
-        value = float(loss(best.params))
-        spread = [math.hypot(math.log(value / end), r) for end, r in zip((low, high), noise)]
-        found.append({"N": N, "D": D, "loss": value, "low": value * math.exp(-spread[0]),
-                      "high": value * math.exp(spread[1])})
+        value, ends = float(loss(best.params)), intervals.profile(best, loss, level=LEVEL)  # open ones are 0 and inf
+        with np.errstate(divide="ignore"):
+            below, above = np.hypot(np.log(np.divide(ends, value)), noise)
+        found.append({"N": N, "D": D, "loss": value, "low": float(value * np.exp(-below)),
+                      "high": float(value * np.exp(above))})
     return {"law": best.law.name, "points": len(runs), "params": best.params, "runs": found}
 
 

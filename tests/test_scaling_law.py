@@ -60,13 +60,13 @@ def test_the_largest_size_and_the_largest_amount_are_held_out(name):
 
 
 def test_what_is_held_out_is_predicted():
-    everything = runs("zipf-quick")
+    everything = runs("zipf-quick", noise=1e-6)
     largest, longest = everything["N"].max(), everything["D"].max()
     first = everything.take((everything["N"] < largest) & (everything["D"] < longest))
     foreseen = EXPERIMENT["predict"](first, "zipf-quick")
     assert foreseen["points"] == 12 and len(foreseen["runs"]) == 8
     for one in EXPERIMENT["held_out"](foreseen, everything):
-        assert abs(one["error"]) < 1e-5 and one["low"] <= one["loss"] <= one["high"]
+        assert abs(one["error"]) < 1e-4 and one["low"] <= one["loss"] <= one["high"]
 
 
 def test_a_known_law_is_found_and_another_is_told_from_it():
