@@ -229,8 +229,9 @@ def test_flags_that_cannot_be_are_told_with_the_cure(tmp_path):
 
 def test_a_cluster_gets_only_the_points_that_have_no_result(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = written(tmp_path, "[{'seed': 0}, {'seed': 1}]")
-    done, todo = read(tmp_path, "[{'seed': 0}, {'seed': 1}]")[0]
+    two = "[{'seed': 0}, {'seed': 1, 'model.depth': 2}]"  # which no program can share
+    path = written(tmp_path, two)
+    done, todo = read(tmp_path, two)[0]
     leave(tmp_path / "out", done.id)
     assert program.main(["sweep", f"--config={path}", f"--out={tmp_path / 'out'}", "--launcher=slurm",
                          "--topology=h100-1", "--dry_run"]) == 0
