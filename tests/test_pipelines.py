@@ -72,10 +72,11 @@ def test_a_batch_gives_what_its_texts_give_alone_in_few_programs(run, monkeypatc
     texts = [TEXT[: 5 * n].strip() for n in range(1, 36, 3)]
     classify = run("text-classification", "sentiment")
     together = classify(texts, top_k=None)
-    assert widths <= {8, 12, 16, 24, 32, 48, 64}
+    assert widths <= {8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64}
     close(together[::4], [classify(text, top_k=None) for text in texts[::4]])
     for n in range(1, 2000):
-        assert n <= fitting(n) <= max(8, 1.5 * n)
+        assert n <= fitting(n) <= max(8, n + 3, 1.25 * n)
+    assert len(set(map(fitting, range(1, 513)))) == 23
 
 
 def test_what_is_cut_or_read_in_windows_is_said(made):
