@@ -130,6 +130,8 @@ def test_a_folder_says_how_its_model_writes(made, tmp_path):
     said = []
     write = lm_jax.pipeline("summarization", model=folder, say=said.append)
     assert write(TWO[0]) == write(TWO[0], max_new_tokens=5, num_beams=2)
+    told = pipelines.writing.Wish(max_length=3).told({"max_new_tokens": 9, "top_k": 7})
+    assert told["max_length"] == 3 and told["top_k"] == 7 and "max_new_tokens" not in told
     assert [line for line in said if "asks" in line] == [f"{folder} asks for no_repeat_ngram_size=3: not followed"]
     del said[:]
     short = {"max_new_tokens": 4, "num_beams": 1}
@@ -166,7 +168,7 @@ def test_a_text_that_cannot_be_read_is_refused(run, made, tmp_path):
         classify("")
     with refused("number 1, a text is None: pass a string"):
         classify([TWO[0], None])
-    assert classify([]) == []
+    assert classify([]) == [] == run("zero-shot-classification", "nli")([], candidate_labels="a")
     with refused("pass {'text': .., 'text_pair': ..}"):
         classify({"text": "good", "pair": "bad"})
     with refused(r"text 0 has no \[MASK\] in what is read of it: 'the film'"):
@@ -183,6 +185,10 @@ def test_a_text_that_cannot_be_read_is_refused(run, made, tmp_path):
         run("token-classification", "names")("good", aggregation_strategy="sum")
     with refused("num_return_sequences=2 of the likeliest alone: pass do_sample=True, or num_beams=2"):
         run("text-generation", "gpt2")("good", num_return_sequences=2)
+    with refused("repetition_penalty=1.2 with num_beams=4: a search knows no penalties; pass num_beams=1"):
+        run("summarization", "t5")("good", repetition_penalty=1.2)
+    with refused("text-generation has no knob 'wish': nearest is"):
+        run("text-generation", "gpt2")("good", wish=1)
     folder = shutil.copytree(made("masked"), tmp_path / "maskless")
     text = (folder / "tokenizer.json").read_text().replace("[MASK]", "[OTHER]")
     (folder / "tokenizer.json").write_text(text)

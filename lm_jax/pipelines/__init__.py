@@ -94,7 +94,8 @@ def _kind(cfg: TransformerConfig) -> str:
 def _check(task: str, run: Callable, knobs: dict):
     """Refuse a knob that a task has not."""
     known = list(inspect.signature(run).parameters)[1:]
-    known += [each.name for each in fields(writing.Wish)] if "wish" in known else []
-    for name in knobs.keys() - {*known} | knobs.keys() & {"wish"}:
+    if "wish" in known:
+        known = [*known[:-1], *(each.name for each in fields(writing.Wish))]
+    for name in knobs.keys() - {*known}:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         raise ConfigError(f"{task} has no knob {name!r}: nearest is {near!r}, of {', '.join(known)}")

@@ -16,7 +16,8 @@ def classify(by: Reader, inputs, *, top_k: int | None = 0, function_to_apply: st
     texts, single = several(inputs, kinds=(str, dict))
     rows = by.beginnings([_pair(text) for text in texts], truncation=truncation)
     scores_BC = _function(by, function_to_apply)(np.array(by.look(rows, scores))[:, 0]) if rows else []
-    ranked = [[{"label": by.labels[i], "score": float(scores_C[i])} for i in np.argsort(-scores_C, kind="stable")]
+    named = by.labels
+    ranked = [[{"label": named[i], "score": float(scores_C[i])} for i in np.argsort(-scores_C, kind="stable")]
               for scores_C in scores_BC]
     if top_k == 0:
         return [found[0] for found in ranked]
@@ -38,6 +39,8 @@ def zero_shot(by: Reader, inputs, candidate_labels, *, hypothesis_template: str 
     if hypothesis_template.format(labels[0]) == hypothesis_template:
         raise ConfigError(f"hypothesis_template={hypothesis_template!r} has no place for a label: write {{}} in it")
     yes, no = _entailment(by)
+    if not texts:
+        return []
     pairs = [(text, hypothesis_template.format(label)) for text in texts for label in labels]
     rows = by.beginnings(pairs, truncation=truncation, cut="only_first")
     logits_BCE = np.reshape(by.look(rows, scores), (len(texts), len(labels), -1))

@@ -16,6 +16,7 @@ from lm_jax.pipelines.reader import ROWS, UNLIMITED, several
 
 LENGTH = 256  # new tokens, where nobody says how many
 BEAMS = 4  # side by side in a search for what becomes of a text, where nobody says; as in transformers
+LENGTHS = ("max_new_tokens", "max_length")  # who says one of them says what the other should be
 DRAWS = ("temperature", "top_k", "top_p", "min_p")
 KEYS = {"summarization": "summary_text", "translation": "translation_text"}
 IGNORED = {"min_length": 0, "min_new_tokens": None, "no_repeat_ngram_size": 0, "early_stopping": False,
@@ -63,6 +64,8 @@ class Wish:
         """The names that say something, here or in the model's folder."""
         here, there = ({name: value for name, value in each.items() if value is not None and name in vars(self)}
                        for each in (vars(self), folder))
+        if not here.keys().isdisjoint(LENGTHS):
+            there = {name: value for name, value in there.items() if name not in LENGTHS}
         return there | here
 
 
@@ -121,7 +124,11 @@ def _written(by: Author, prompts: list, told: dict) -> list[list[str]]:
     beams, count = told.get("num_beams", 1), told.get("num_return_sequences", 1)
     drawn = told.get("do_sample", False)
     if drawn and beams > 1:
-        raise ConfigError(f"do_sample=True with num_beams={beams}: a search draws nothing; pass one of them")
+        raise ConfigError(f"do_sample=True with num_beams={beams}: a search draws nothing; pass do_sample=False "
+                          "or num_beams=1")
+    if beams > 1 and told.get("repetition_penalty", 1.0) != 1:
+        raise ConfigError(f"repetition_penalty={told['repetition_penalty']} with num_beams={beams}: a search knows no "
+                          "penalties; pass num_beams=1")
     if count > (beams if not drawn else count):
         raise ConfigError(f"num_return_sequences={count} of the likeliest alone: pass do_sample=True, or "
                           f"num_beams={count}")
