@@ -1,7 +1,7 @@
 """Can a scaling law from minutes of training be trusted? It is predicted before it is measured, and held to a truth.
 
-    python experiments/scaling_law.py                          # both sources: under 20 minutes on two cores
-    python experiments/scaling_law.py --quick                  # fewer and shorter runs: under 3 minutes
+    python experiments/scaling_law.py                          # both sources, 7 sizes x 5 amounts
+    python experiments/scaling_law.py --quick                  # 5 sizes x 4 amounts, shorter
     python experiments/scaling_law.py --source='my/*.txt'      # files of your own
 
 Sizes x amounts of data, each amount a cool-down of the one trunk of its size. First all but the largest size and the
