@@ -68,18 +68,18 @@ def get_points(c):
     if "first" in c.name.split("-"):
         points = [point for point in points if point["model.width"] < models[-1]["width"]
                   and point["train.steps"] < plan["steps"][-1]]
-    return [{"name": source, "seed": seed} | point for point in points
-            for seed in range(1 if plan is QUICK[source] else _seeds(source, point["model.width"]))]
+    return [{"seed": seed} | point for point in points
+            for seed in range(_seeds(source, plan["widths"].index(point["model.width"]), point["train.steps"]))]
 
 
 def main(argv):
     args = _parse(argv)
     for source in ("text", "zipf") if args.source == "both" else (args.source,):
         own = source not in QUICK
-        name = "text" if own else source
+        name = ("text" if own else source) + "-quick" * args.quick
+        folder = name + f"-{config.digest(os.path.abspath(source))}" * own  # what was found there is of these files
         more = [f"--config.data.sources=text:{os.path.abspath(source)}"] * own
-        name += "-quick" * args.quick
-        study(name, Path(args.out) / name, args.data, [*more, f"--jobs={args.jobs}"])
+        study(name, Path(args.out) / folder, args.data, [*more, f"--jobs={args.jobs}"])
     return 0
 
 
@@ -213,9 +213,11 @@ def _zipf(c):
     c.train.batch = 16
 
 
-def _seeds(source: str, width: int) -> int:
-    """Runs of a point: on text two runs of a small model differ by a percent, and cost little."""
-    return next(count for most, count in ((16, 4), (32, 2), (10**6, 1)) if width <= most) if source == "text" else 1
+def _seeds(source: str, rung: int, steps: int) -> int:
+    """Runs of a point: on text two short ones differ by a percent, and cost little; two of the smallest show it."""
+    if source == "zipf":
+        return 1
+    return 8 if steps <= 512 else 4 if steps <= 1024 else 2 if rung == 0 else 1
 
 
 def _source(name: str) -> str:

@@ -30,13 +30,13 @@ def test_the_same_config_may_come_back_and_another_is_told_what_differs(tmp_path
 def test_a_run_that_ended_before_its_first_step_leaves_the_folder_to_any_config(tmp_path):
     for name in ("mistyped", "mended"):
         run = Workdir(tmp_path)
-        run.open({"name": name})
+        run.open({"seed": name})
         run.metrics.touch()
         run.close()
-    assert run.read_json("config.json") == {"name": "mended"}
+    assert run.read_json("config.json") == {"seed": "mended"}
     (run.checkpoints / "3").mkdir(parents=True)
     with pytest.raises(ConfigError, match="name: 'mended' -> 'mistyped'"):
-        run.open({"name": "mistyped"})
+        run.open({"seed": "mistyped"})
 
 
 def test_what_cannot_be_a_folder_is_named(tmp_path):

@@ -18,6 +18,8 @@ from lm_jax.data.store import Store
 from lm_jax.models import flops, kernels, transformer
 from lm_jax.trainer import Every, Recipe
 
+AT_ONCE = 2**20  # pairs of tokens in a batch of an evaluation whose rows are few and short
+SUMS = jax.jit(losses.row_sums)  # one for all, so that runs of one shape are one program
 NAMES = {"D": "width", "F": "hidden units", "N": "query heads", "K": "key heads", "V": "ids", "E": "experts",
          "T": "tokens of a row"}
 
@@ -89,7 +91,6 @@ class Evaluation:
     def __init__(self, pretraining: Pretraining, *, beat: Callable[[], None] = lambda: None):
         """`beat` is called after each batch, for whoever waits for a sign of life."""
         self.store, self.config, self.beat = pretraining.store, pretraining.config, beat
-        self.sums = jax.jit(losses.row_sums)
 
     def __call__(self, model, rows: int) -> dict[str, dict]:
         sums = {tag: self._sum(model, tag, rows) for tag in self.store.tags}
@@ -97,7 +98,8 @@ class Evaluation:
         return results if len(sums) == 1 else results | {"all": _result(_total(sums.values()))}
 
     def _sum(self, model, tag, rows):
-        most = self.config.train.batch // self.config.train.microbatches  # what is known to fit
+        most = self.config.train.batch // self.config.train.microbatches  # what is known to fit; and more if it is tiny
+        most *= max(1, AT_ONCE // (most * self.config.data.length**2))
         here = hosts.rows_here(most)
         lengths = self.store.tokenizer.byte_lengths
         batches = ({**batch, "bytes": lengths[batch["targets"]].astype(np.float32)}
@@ -105,7 +107,7 @@ class Evaluation:
         # one program at a time: on CPU devices many at once wait for each other's threads and may never end
         sums = []
         for batch in batches:
-            sums.append(jax.device_get(self.sums(model, hosts.put_batch(batch, most))))
+            sums.append(jax.device_get(SUMS(model, hosts.put_batch(batch, most))))
             self.beat()
         return _total({key: float(value) for key, value in one.items()} for one in sums)
 

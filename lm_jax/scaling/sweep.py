@@ -133,9 +133,7 @@ def resolved(base: ml_collections.ConfigDict, overrides: dict) -> Point:
 
 
 def identity(c: Config) -> str:
-    """Twelve digits that name the numbers a config will give: its name, and keys that may change while a run goes on,
-    don't count."""
-    c = dataclasses.replace(c, name="")
+    """Twelve digits that name the numbers a config will give: keys that may change while a run goes on don't count."""
     return config.digest({key: value for key, value in _flat(config.to_dict(c)) if not f"{key}:".startswith(FREE)})
 
 
