@@ -35,7 +35,7 @@ def test_a_run_that_ended_before_its_first_step_leaves_the_folder_to_any_config(
         run.close()
     assert run.read_json("config.json") == {"seed": "mended"}
     (run.checkpoints / "3").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="name: 'mended' -> 'mistyped'"):
+    with pytest.raises(ConfigError, match="seed: 'mended' -> 'mistyped'"):
         run.open({"seed": "mistyped"})
 
 
