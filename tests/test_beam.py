@@ -56,6 +56,12 @@ def test_a_narrow_search_is_the_definition(model, logprobs, penalty):
         np.testing.assert_allclose(found.scores_BW[row], [score for score, _ in expected], atol=1e-4)
 
 
+def test_scores_are_over_all_ids_also_where_few_may_be_drawn(model, logprobs):
+    found = beam.search(model, batch(PROMPTS[:1]), beams=1, length=1, vocab=2)
+    of_all = {text[0]: each[0] for text, each in logprobs[0].items()}
+    np.testing.assert_allclose(found.scores_BW[0, 0], max(of_all[0], of_all[1]), atol=1e-4)
+
+
 def test_a_search_without_beams_is_refused(model):
     with pytest.raises(ConfigError, match="beams=0"):
         beam.search(model, batch(PROMPTS), beams=0, length=2)

@@ -80,6 +80,15 @@ def test_a_greedy_continuation_is_what_the_full_pass_finds_likeliest(rng):
         assert (lengths_B == 7).all()
 
 
+def test_log_probabilities_are_over_all_ids_also_where_few_may_be_drawn(rng):
+    model = make("plain")
+    batch = prompts(rng, [4], model=model)
+    tokens_BT, _, logprobs_BT = generate(model, batch, GREEDY, length=1, key=jax.random.key(0), vocab=3)
+    of_all_V = jax.nn.log_softmax(model(batch)[0, -1].astype(jnp.float32))
+    assert tokens_BT[0, 0] == of_all_V[:3].argmax()
+    np.testing.assert_allclose(logprobs_BT[0, 0], of_all_V[:3].max(), atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["rope, grouped queries", "encoder-decoder"])
 def test_a_batch_gives_what_its_rows_give_alone(name, rng):
     """Prompts of unequal length, padded to one width, one that is all padding, and a sampler each."""

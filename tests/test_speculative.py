@@ -42,6 +42,9 @@ def test_greedy_rows_are_plain_greedy_token_for_token(pair):
     drafted = speculate(*pair, batch, GREEDY, ahead=3, **knobs)
     jax.tree.map(np.testing.assert_array_equal, drafted[:2], plain[:2])
     np.testing.assert_allclose(drafted.logprobs_BT, plain.logprobs_BT, atol=1e-4)
+    few = [write(batch=batch, sampler=GREEDY, vocab=3, **knobs).logprobs_BT
+           for write in (partial(generate, pair[0]), partial(speculate, *pair, ahead=3))]
+    np.testing.assert_allclose(*few, atol=1e-4)  # both over all ids, also where few may be drawn
     free = speculate(*pair, batch, GREEDY, ahead=3, length=20, key=jax.random.key(0))
     shares = np.asarray(free.kept_B / np.maximum(free.drafted_B, 1))
     assert 0 < shares.max() and shares[[0, 1, 3, 4]].min() < 1 and len(set(shares)) > 2  # or nothing would be shown

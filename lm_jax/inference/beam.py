@@ -82,7 +82,7 @@ def _search(model, batch, stops_A, penalty, *, beams, length, vocab):
 def _grown(model, state: _State, hidden_B1D, stops_A, penalty, vocab) -> _State:
     """The state with one more token everywhere: the best that stop join the ended, the best that do not go on."""
     B, W, _ = state.alive_BWT.shape
-    logprobs_BV = jax.nn.log_softmax(words(model.logits(hidden_B1D)[:, 0], vocab))
+    logprobs_BV = words(jax.nn.log_softmax(words(model.logits(hidden_B1D)[:, 0])), vocab)
     V = logprobs_BV.shape[1]
     sums_BA = (state.sums_BW[..., None] + logprobs_BV.reshape(B, W, V)).reshape(B, W * V)
     enough = min(W * (1 + stops_A.shape[0]), W * V)  # so that W of them do not stop

@@ -20,7 +20,7 @@ from lm_jax.models.transformer import Transformer, apart
 
 class Generated(NamedTuple):
     """Continuations of a batch: int32 tokens_BT, how many of each row are its own (the rest is 0), and their
-    log-probabilities under the model itself, over its whole vocabulary, before any bias, penalty, temperature or
+    log-probabilities under the model itself, over all ids of its table, before any bias, penalty, temperature or
     filter."""
 
     tokens_BT: jax.Array
@@ -137,8 +137,8 @@ def _append(model, state: Writing, hidden_B1D, rules, keys_B, stops_A, vocab) ->
     """The state with one more token in each row that goes on."""
     at, (tokens_BT, lengths_B, logprobs_BT) = state.written, state.made
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, at)
-    logits_BV = words(model.logits(hidden_B1D)[:, 0], vocab)
-    token_B = jnp.where(state.done_B, 0, pick(logits_BV, rules, keys_B, state.history))
+    logits_BV = words(model.logits(hidden_B1D)[:, 0])
+    token_B = jnp.where(state.done_B, 0, pick(words(logits_BV, vocab), rules, keys_B, state.history))
     logprob_B = jnp.where(state.done_B, 0, chosen(jax.nn.log_softmax(logits_BV), token_B))
     put = lambda old_BT, new_B: jax.lax.dynamic_update_slice_in_dim(old_BT, new_B[:, None], at, axis=1)
     made = Generated(put(tokens_BT, token_B), lengths_B + ~state.done_B, put(logprobs_BT, logprob_B))

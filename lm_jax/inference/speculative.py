@@ -71,8 +71,8 @@ def _speculate(model, draft, batch, rules, keys_B, stops_A, *, length, ahead, vo
     room = lambda dtype: parallel.constrain(jnp.zeros((B, length + ahead + 1), dtype), "BS")
     none_B = jnp.zeros_like(done_B, jnp.int32)
     history = History.of(batch["tokens"], batch["segments"], model.cfg.vocab) if rules.remember else None
-    logits_BV = words(model.logits(last_B1D)[:, 0], vocab)
-    token_B = pick(logits_BV, rules, _keys(keys_B, none_B, 2), history)
+    logits_BV = words(model.logits(last_B1D)[:, 0])
+    token_B = pick(words(logits_BV, vocab), rules, _keys(keys_B, none_B, 2), history)
     made = Speculated(room(jnp.int32), none_B, room(jnp.float32), none_B, none_B)
     state = _State(made, token_B, done_B, history, cache, draft_cache)
     logprob_B = chosen(jax.nn.log_softmax(logits_BV), token_B)
@@ -103,8 +103,8 @@ def _round(model, draft, end_B1, rules, keys_B, stops_A, state: _State, *, lengt
     x_BTD, cache, _ = model.hidden(read | jax.tree.map(lambda a_BT: parallel.constrain(a_BT, "BT"), places),
                                    cache=state.cache)
     logits_ABV = jnp.moveaxis(parallel.constrain(model.logits(x_BTD), "BSA"), 1, 0)
-    logits_ABV = jax.lax.map(lambda logits_BV: words(logits_BV, vocab), logits_ABV)
-    p_ABV = jax.lax.map(lambda pair: jax.nn.softmax(law(pair[0], rules, pair[1])), (logits_ABV, history_A))
+    logits_ABV = jax.lax.map(words, logits_ABV)
+    p_ABV = jax.lax.map(lambda pair: jax.nn.softmax(law(words(pair[0], vocab), rules, pair[1])), (logits_ABV, history_A))
     q_ABV = jax.nn.softmax(q_ABV)
     kept_B = _kept(p_ABV, q_ABV, tokens_AB, keys_B, written_B)
     next_B = _next(p_ABV, q_ABV, kept_B, keys_B, written_B)
