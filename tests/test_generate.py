@@ -172,6 +172,14 @@ def test_what_cannot_be_generated_says_why(name, knobs, message, rng):
         generate(model, prompts(rng, [4, 4], model=model), **dict(sampler=GREEDY) | knobs, key=jax.random.key(0))
 
 
+def test_a_source_longer_than_learned_positions_is_refused(rng):
+    model = tiny.model(**TINY | dict(encoder_depth=1, positions="learned", max_length=7))
+    sources = lambda longest: prompts(rng, [1], model=model) | {"source": prompts(rng, [longest], model=model)}
+    with pytest.raises(ConfigError, match="a source of 8 tokens passes model.max_length=7 learned positions"):
+        generate(model, sources(8), GREEDY, length=3, key=jax.random.key(0))
+    assert generation.asked(model, sources(7), GREEDY, length=3, stop=(), vocab=0)
+
+
 def test_a_prompt_without_tokens_is_refused(rng):
     model = make("plain")
     empty = jax.tree.map(lambda x: x[:, :0], prompts(rng, [4], model=model))

@@ -60,13 +60,21 @@ def asked(model, batch: Batch, sampler, *, length: int, stop, vocab: int) -> tup
         raise ConfigError(f"generate length={length}: at least 1")
     if vocab > cfg.vocab:
         raise ConfigError(f"vocab={vocab} and the model has {cfg.vocab} tokens: they are not of the same tokenizer")
-    places = batch["positions"]
-    prompt = T if isinstance(places, jax.core.Tracer) else int(np.max(places)) + 1
+    prompt = _reach(batch)
     if cfg.positions == "learned" and prompt + length - 1 > cfg.max_length:
         raise ConfigError(f"a prompt of {prompt} tokens and {length} new ones pass model.max_length={cfg.max_length} "
                           f"learned positions: at most {cfg.max_length + 1} in all")
+    read = 0 if "source" not in batch else _reach(batch["source"])
+    if cfg.positions == "learned" and read > cfg.max_length:
+        raise ConfigError(f"a source of {read} tokens passes model.max_length={cfg.max_length} learned positions: cut it")
     stops = np.array([], np.int32) if stop is None else np.atleast_1d(np.array(stop, np.int32))
     return Rules.of(sampler, B, cfg.vocab), stops
+
+
+def _reach(batch: Batch) -> int:
+    """How many positions a batch takes; in a program, where numbers are unknown, those of a whole row."""
+    places = batch["positions"]
+    return places.shape[1] if isinstance(places, jax.core.Tracer) else int(np.max(places)) + 1
 
 
 @jax.tree_util.register_dataclass
