@@ -55,7 +55,7 @@ def test_a_stop_string_is_never_shown_not_even_its_beginning(speaker, stop, show
 
 def test_a_stream_is_the_answer_and_an_answer_is_its_prompts_own(speaker):
     """Several prompts side by side, each with its seed and sampler, and one of them alone."""
-    prompts, samplers = ["one", "", "two and three"], [Sampler(), GREEDY, Sampler(0.8, top_k=20)]
+    prompts, samplers = ["one", [*speaker.before], "two and three"], [Sampler(), GREEDY, Sampler(0.8, top_k=20)]
     knobs = dict(length=11, seed=[5, 6, 7])
     pieces = {row: "" for row in range(3)}
     for row, new, answer in text.stream(speaker, prompts, samplers, **knobs):
@@ -77,6 +77,17 @@ def test_an_answer_ends_before_a_stop_string(speaker):
     cut = text.answers(speaker, ["one"], letters, length=24, stop=[word])[0]
     assert cut.text == free.text[:free.text.index(word)] and cut.ended == "stop"
     assert cut.ids == free.ids[:len(cut.ids)]
+    assert text.answers(speaker, ["one"], letters, length=24, stop=word)[0] == cut, "a text is one stop, no letters"
+    assert text.answers(speaker, ["one"], letters, length=24, stop=word, seed=np.int64(0))[0] == cut
+
+
+def test_a_prompt_beyond_what_a_rotary_model_was_made_for_is_said(speaker):
+    said, longest = [], speaker.model.cfg.max_length
+    text.prompted(speaker, [[1] * longest], say=said.append)
+    assert not said
+    text.prompted(speaker, ["x", [1] * (longest + 1)], say=said.append)
+    assert said == [f"1 of 2 prompts, such as number 1 of {longest + 1} tokens, pass model.max_length="
+                    f"{longest}: read whole, and beyond what a model was trained on it may write badly"]
 
 
 def test_a_prompt_that_cannot_be_is_named(speaker):
@@ -84,7 +95,10 @@ def test_a_prompt_that_cannot_be_is_named(speaker):
         text.answers(speaker, [[1, 999]])
     with pytest.raises(ConfigError, match="prompt \\[\\] is empty"):
         text.answers(speaker, [[]])
-    with pytest.raises(ConfigError, match="prompt '' is empty"):
-        text.answers(dataclasses.replace(speaker, before=()), [""])
+    begun = f"; ids [{speaker.before[0]}] in its place go on from nothing"
+    for before, cure in ((speaker.before, begun), ((), "")):  # a token that begins texts makes no prompt of nothing
+        with pytest.raises(ConfigError) as told:
+            text.answers(dataclasses.replace(speaker, before=before), [""])
+        assert str(told.value) == "prompt '' is empty: write a word" + cure
     with pytest.raises(ConfigError, match="2 seeds for 1 prompts"):
         text.answers(speaker, ["x"], seed=[1, 2])

@@ -1,7 +1,8 @@
 """Text in, text out: prompts in one batch, answers as they are written, never half a character."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import numbers
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,17 +41,18 @@ def answers(speaker: Speaker, prompts: Sequence, sampler: Sampler | Sequence[Sam
 
 
 def stream(speaker: Speaker, prompts: Sequence, sampler: Sampler | Sequence[Sampler] = Sampler(), *, length: int = 128,
-           seed: int | Sequence[int] = 0, stop: Sequence[str] = ()) -> Iterator[tuple[int, str, Answer | None]]:
+           seed: int | Sequence[int] = 0, stop: str | Sequence[str] = (), say: Callable = print
+           ) -> Iterator[tuple[int, str, Answer | None]]:
     """(row, new text, None) as it is written and, when a row has ended, (row, the last of its text, its Answer).
 
     A prompt is a string, or ids that are taken as they are. `sampler` and `seed` are one a prompt, or one for all, of
     which prompt i takes the seed + i: what a prompt gets depends on its own and not on what shares its batch. An
-    answer ends at one of the model's own stop tokens, before a string of `stop`, or after `length` tokens.
+    answer ends at one of the model's own stop tokens, before a string of `stop`, or after `length` tokens. `say` is
+    told of prompts that are longer than what the model was made for.
     """
     if not len(prompts):
         return
-    batch = prompted(speaker, prompts)
-    stop = [word for word in stop if word]
+    batch = prompted(speaker, prompts, say=say)
     rules, stops_A = asked(speaker.model, batch, sampler, length=length, stop=speaker.stops, vocab=speaker.vocab)
     keys_B = seeded(seed, len(prompts))
     batch, knobs = hosts.put_batch(batch), dict(vocab=speaker.vocab)
@@ -69,9 +71,9 @@ def stream(speaker: Speaker, prompts: Sequence, sampler: Sampler | Sequence[Samp
 
 
 def read(speaker: Speaker, prompts: Sequence, tokens_BT, lengths_B, logprobs_BT, *, length: int,
-         stop: Sequence[str] = ()) -> list[Answer]:
+         stop: str | Sequence[str] = ()) -> list[Answer]:
     """The answers that tokens are which something else has written, as `beam.search` does."""
-    writers = _writers(speaker, prompts, [word for word in stop if word], length)
+    writers = _writers(speaker, prompts, stop, length)
     for writer, ids, count, logprobs in zip(writers, tokens_BT, lengths_B, logprobs_BT):
         writer.read(ids[:count], logprobs)
     return [writer.answer for writer in writers]
@@ -116,12 +118,17 @@ class Writer:
         return end - max(halves, default=0)
 
 
-def prompted(speaker: Speaker, prompts: Sequence) -> Batch:
-    """The batch of some prompts, texts or ids, padded."""
-    rows = [_ids(speaker, one) for one in prompts]
+def prompted(speaker: Speaker, prompts: Sequence, *, say=print) -> Batch:
+    """The batch of some prompts, texts or ids, padded. One that is longer than what the model was made for is said."""
+    cfg, rows = speaker.model.cfg, [_ids(speaker, one) for one in prompts]
     for text, ids in zip(prompts, rows):
-        if not len(ids):
-            raise ConfigError(f"prompt {text!r} is empty, and this model has no token that begins a text: write a word")
+        if not len(text) or not len(ids):
+            begun = f"; ids {[*speaker.before]} in its place go on from nothing" if speaker.before else ""
+            raise ConfigError(f"prompt {text!r} is empty: write a word{begun}")
+    unbound = cfg.positions == "rope" and cfg.rope.scaling == "none"  # learned positions are refused, see `asked`
+    if unbound and (long := [i for i, ids in enumerate(rows) if len(ids) > cfg.max_length]):
+        say(f"{len(long)} of {len(rows)} prompts, such as number {long[0]} of {len(rows[long[0]])} tokens, pass "
+            f"model.max_length={cfg.max_length}: read whole, and beyond what a model was trained on it may write badly")
     if speaker.model.cfg.encoder_depth:
         source = padded([np.array([*ids, *speaker.after]) if isinstance(one, str) else ids
                          for one, ids in zip(prompts, rows)])
@@ -131,10 +138,10 @@ def prompted(speaker: Speaker, prompts: Sequence) -> Batch:
 
 def seeded(seed: int | Sequence[int], rows: int):
     """A key a prompt, of a seed each or one for all."""
-    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else list(seed)
+    seeds = [int(seed) + row for row in range(rows)] if isinstance(seed, numbers.Integral) else list(seed)
     if len(seeds) != rows:
         raise ConfigError(f"{len(seeds)} seeds for {rows} prompts: one for all, or one a prompt")
-    return jax.vmap(jax.random.key)(jnp.array([one % 2**32 for one in seeds], jnp.uint32))
+    return jax.vmap(jax.random.key)(jnp.array([int(one) % 2**32 for one in seeds], jnp.uint32))
 
 
 def padded(rows, *, width: int = WIDTH) -> Batch:
@@ -147,6 +154,7 @@ def padded(rows, *, width: int = WIDTH) -> Batch:
 
 def _writers(speaker, prompts, stop, length):
     alone = speaker.model.cfg.encoder_depth > 0
+    stop = [word for word in ([stop] if isinstance(stop, str) else stop) if word]
     return [Writer(speaker, [] if alone else _ids(speaker, one), stop, length) for one in prompts]
 
 
