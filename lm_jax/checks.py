@@ -7,13 +7,14 @@ are known.
 
 import importlib.util
 import math
+from types import SimpleNamespace
 
 LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # name in train.loggers -> the package it needs
 
 
 def impossible(c):
     """Everything about a config that cannot run."""
-    yield from _ranges(c)
+    yield from _ranges({name: section for name, section in vars(c).items() if name != "model"})
     yield from _name(c.name)
     yield from model(c.model)
     yield from _data(c.data)
@@ -79,17 +80,19 @@ SHARES = ("model.rope.fraction", "data.noise", "data.validation", "optim.decay",
 BELOW_1 = ("model.dropout", "optim.ema")
 
 
-def _ranges(c):
-    for key, low in AT_LEAST.items():
-        if value(c, key) < low:
-            yield f"{key}={value(c, key)}: at least {low}"
-    for key in ABOVE_0:
-        if value(c, key) <= 0:
+def _ranges(sections: dict):
+    """Numbers out of range in these sections of a config, by name."""
+    c, ours = SimpleNamespace(**sections), lambda keys: [key for key in keys if key.split(".")[0] in sections]
+    for key in ours(AT_LEAST):
+        if not value(c, key) >= AT_LEAST[key]:
+            yield f"{key}={value(c, key)}: at least {AT_LEAST[key]}"
+    for key in ours(ABOVE_0):
+        if not value(c, key) > 0:
             yield f"{key}={value(c, key)}: above 0"
-    for key in SHARES:
+    for key in ours(SHARES):
         if not 0 <= value(c, key) <= 1:
             yield f"{key}={value(c, key)}: a share between 0 and 1"
-    for key in BELOW_1:
+    for key in ours(BELOW_1):
         if not 0 <= value(c, key) < 1:
             yield f"{key}={value(c, key)}: at least 0 and below 1"
 
@@ -101,6 +104,7 @@ def _name(name):
 
 def model(m):
     """What is wrong with a model by itself, whatever it is trained on."""
+    yield from _ranges({"model": m})
     if m.heads > 0 and m.width % m.heads and not m.head_size:
         yield f"model.width={m.width} over model.heads={m.heads}: make it a multiple, or set model.head_size"
     if m.kv_heads > 0 and m.heads % m.kv_heads:
@@ -117,8 +121,8 @@ def model(m):
         yield (f"model.window_pattern={m.window_pattern!r} with model.window=0: say how many tokens a sliding layer "
                "sees, or leave the pattern at 'S'")
     if m.pooler != "none" and (m.causal or m.head not in ("classes", "none")):
-        yield (f"model.pooler={m.pooler!r} with model.head={m.head!r}: it stands before model.head='classes' of a model "
-               "with model.causal=False, or alone")
+        yield (f"model.pooler={m.pooler!r} with model.head={m.head!r}: it stands before model.head='classes' of a "
+               "model with model.causal=False, or alone")
     yield from _positions(m)
     yield from _latent(m)
     yield from _mup(m)

@@ -70,7 +70,10 @@ class Family:
         return hf
 
     def head(self, hf: dict) -> str:
-        named = (hf.get("architectures") or [next(iter(self.classes.values()))])[0]
+        listed = hf.get("architectures") or [next(iter(self.classes.values()))]
+        if not isinstance(listed, list) or not isinstance(named := listed[0], str):
+            raise ConfigError(f"config.json: architectures={listed!r}: a list of names is wanted, of "
+                              f"{', '.join(self.classes.values())}")
         for head, cls in self.classes.items():
             if cls == named:
                 return head
@@ -91,7 +94,7 @@ class Family:
 
 def of_type(kind: str | None) -> Family:
     """The family of a config.json's model_type."""
-    if kind in FAMILIES:
+    if isinstance(kind, str) and kind in FAMILIES:
         return FAMILIES[kind]
     near = difflib.get_close_matches(str(kind), FAMILIES, n=1, cutoff=0)[0]
     raise ConfigError(f"config.json: model_type {kind!r} is not known: nearest is {near!r}, of {', '.join(FAMILIES)}")

@@ -230,7 +230,8 @@ def needed(hf: dict, key: str):
 
 def period(letters: str) -> str:
     """The shortest pattern that repeats to these letters."""
-    return next(letters[:n] for n in range(1, len(letters) + 1) if repeated(letters[:n], len(letters)) == letters)
+    patterns = (letters[:n] for n in range(1, len(letters) + 1))
+    return next((pattern for pattern in patterns if repeated(pattern, len(letters)) == letters), letters)
 
 
 OVER_WORDS = ("lm", "mlm", "bert")  # heads whose outputs are the vocabulary's
