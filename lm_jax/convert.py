@@ -14,7 +14,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from lm_jax import config, disk, errors
+from lm_jax import config, errors
 from lm_jax.errors import ConfigError
 
 LOCAL = "hub:"
@@ -60,13 +60,13 @@ def write(source: Path, target: Path, args):
     import jax
 
     from lm_jax import hub
-    from lm_jax.hub import card, store, vocabulary
+    from lm_jax.hub import card, folder, store, vocabulary
     from lm_jax.inference import load
 
-    record = disk.read_json(source / "config.json")
+    record = folder.read_json(source / "config.json")
     if source.resolve() == target.resolve():
         raise ConfigError(f"{target} is what is read: pass another folder to write to")
-    if not (isinstance(record, dict) and "train" in record):
+    if "train" not in record:
         return hub.save(hub.load(source, weights=args.dtype), target, shard=args.shard)
     store.library()  # which writes the card
     step, model, tokenizer = load.run(source, config.from_dict(record))

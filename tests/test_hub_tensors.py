@@ -155,6 +155,13 @@ put = lambda name, **entry: lambda header: header | {name: header[name] | entry}
     (dict(vocab_size="many"), "none of a model of type 'llama'"),
     (dict(train={}), "is a run's folder: `python -m lm_jax.convert"),
     (dict(num_key_value_heads=3), "model.heads=4 over model.kv_heads=3"),
+    (dict(model_type=["llama"]), "model_type ['llama'] is not known"),
+    (dict(architectures=[None]), "architectures=[None]: a list of names"),
+    (dict(architectures="LlamaForCausalLM"), "architectures='LlamaForCausalLM': a list of names"),
+    (dict(num_attention_heads=0), "model.heads=0: at least 1"),
+    (dict(num_hidden_layers=-1), "model.depth=-1: at least 1"),
+    (dict(rope_parameters={"rope_type": "default", "rope_theta": 0}), "model.rope.theta=0.0: above 0"),
+    (dict(rms_norm_eps=-1), "model.norm_eps=-1.0: at least 0"),
 ])
 def test_what_is_no_whole_model_is_refused_with_what_is_wrong(how, said, llama):
     spoil(llama, **how)
@@ -169,8 +176,33 @@ def test_a_folder_without_a_config_or_weights_says_what_is_there(llama, tmp_path
         hub.load(llama)
     with pytest.raises(ConfigError, match="is neither a folder nor a name"):
         hub.load(tmp_path / "none")
-    (llama / "config.json").write_text("{")
-    with pytest.raises(DataError, match="is no JSON"):
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", "\xff"])
+def test_what_is_no_json_is_damaged(name, text, llama):
+    (llama / name).write_text(text, "latin-1")
+    with pytest.raises(DataError, match=f"{name} (is no JSON|has a list)"):
+        hub.load(llama)
+
+
+def test_a_header_of_a_hundred_thousand_brackets_is_damaged(llama):
+    (llama / "model.safetensors").write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+    with pytest.raises(DataError, match="damaged header"):
+        hub.load(llama)
+
+
+def test_a_folder_where_the_weights_should_be_is_damaged(llama):
+    (llama / "model.safetensors").unlink()
+    (llama / "model.safetensors").mkdir()
+    with pytest.raises(DataError, match="model.safetensors is no file"):
+        hub.load(llama)
+
+
+@pytest.mark.parametrize("files", [3, ["x"], None])
+def test_an_index_whose_files_have_no_names_is_damaged(files, llama):
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NORM: files}}))
+    with pytest.raises(DataError, match="names no file for each tensor"):
         hub.load(llama)
 
 

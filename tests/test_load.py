@@ -12,6 +12,7 @@ import pytest
 import speakers
 
 from lm_jax.config import ConfigError
+from lm_jax.errors import DataError
 from lm_jax.inference import text
 from lm_jax.inference.load import load
 from lm_jax.inference.sample import Sampler
@@ -114,6 +115,22 @@ def test_what_cannot_speak_says_why(run, folder, tmp_path):
         load(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / f"{name}.away").rename(folder / name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_broken_json_in_a_folder_is_damage_and_no_traceback(name, tmp_path):
+    place = speakers.published(tmp_path / "folder")
+    (place / name).write_text("{")
+    with pytest.raises(DataError, match=f"{name} is no JSON"):
+        load(place)
+
+
+@pytest.mark.parametrize("ids", ["x", [257, None], -1, []])
+def test_ids_that_are_none_are_refused(ids, tmp_path):
+    place = speakers.published(tmp_path / "folder")
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(DataError, match="eos_token_id="):
+        load(place)
 
 
 def test_the_program_writes_what_python_does_on_eight_devices(run):

@@ -5,7 +5,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm_jax import disk
 from lm_jax.data.tokenizer_backends import OTHER_NAMES, library
 from lm_jax.errors import ConfigError
 
@@ -30,9 +29,9 @@ class Row:
         return len(self.ids)
 
 
-def tokenizer(folder: Path):
-    """The tokenizer of a folder as transformers saves it: `Template` or `Pieces`."""
-    settings = disk.read_json(folder / "tokenizer_config.json") or {}
+def tokenizer(folder: Path, settings: dict):
+    """The tokenizer of a folder as transformers saves it: `Template` or `Pieces`; `settings` are those of its
+    tokenizer_config.json."""
     for name, kind in KINDS.items():
         if (folder / name).is_file():
             try:

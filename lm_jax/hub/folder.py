@@ -24,14 +24,21 @@ def config(folder: Path) -> dict:
     """Its config.json."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: pass one with a config.json, as transformers saves it")
-    try:
-        found = disk.read_json(folder / "config.json")
-    except ValueError as error:
-        raise DataError(f"{folder / 'config.json'} is no JSON ({error}): fetch it again") from error
-    if not isinstance(found, dict):
+    if not (found := read_json(folder / "config.json")):
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise ConfigError(f"{folder} has no config.json ({there} is in it): pass a folder as transformers saves it")
     return found
+
+
+def read_json(file: Path) -> dict:
+    """What a JSON file of a folder says; {} where there is none."""
+    try:
+        found = disk.read_json(file)
+    except (ValueError, RecursionError, OSError) as error:
+        raise DataError(f"{file} is no JSON ({error}): fetch it again") from error
+    if found is not None and not isinstance(found, dict):
+        raise DataError(f"{file} has a {type(found).__name__} where names and values are wanted: fetch it again")
+    return found or {}
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -82,7 +89,7 @@ def tokens(folder: Path) -> int:
         if (folder / name).is_file():
             try:
                 return count((folder / name).read_bytes())
-            except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:  # and RecursionError
                 raise DataError(f"{folder / name} is no tokenizer ({error!r}): fetch it again") from error
     return 0
 
@@ -116,17 +123,17 @@ def _alone(folder):
 
 
 def _index(file) -> dict[str, str]:
-    try:
-        return dict(json.loads(file.read_bytes())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is no index of weights ({error!r}): fetch it again") from error
+    found = read_json(file).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise DataError(f"{file} is no index of weights: its weight_map names no file for each tensor: fetch it again")
+    return found
 
 
 def _shards(index):
     """The files that an index names, each in the index's own folder."""
     for name in sorted(set(_index(index).values())):
-        path = PurePosixPath(str(name))
-        if len(path.parts) != 1 or path.name in ("", ".", "..") or "\\" in str(name) or ":" in str(name):
+        path = PurePosixPath(name)
+        if len(path.parts) != 1 or path.name in ("", ".", "..") or "\\" in name or ":" in name:
             raise DataError(f"{index} names {name!r}, which is outside its folder: refused")
         if path.suffix != ".safetensors":
             raise DataError(f"{index} names {name!r}: only safetensors are read")

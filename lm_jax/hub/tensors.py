@@ -69,6 +69,8 @@ class Scaled:
 
 def read(file: Path) -> dict[str, Tensor]:
     """Name -> tensor of a file. DataError where the header is damaged, or says more or less than is there."""
+    if not file.is_file():
+        raise DataError(f"{file} is no file: fetch it again")
     there = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -79,7 +81,7 @@ def read(file: Path) -> dict[str, Tensor]:
             header = json.loads(stream.read(length), object_pairs_hook=_once)
             header.pop("__metadata__", None)
             tensors = {name: _tensor(file, entry, 8 + length) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{file} has a damaged header ({error}): fetch it again") from error
     _end_to_end(file, tensors, 8 + length, there)
     return tensors

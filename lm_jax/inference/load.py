@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
 
-from lm_jax import config, disk, hub, parallel
+from lm_jax import config, hub, parallel
 from lm_jax.checkpoint import Checkpoints, NoCheckpointError
 from lm_jax.data import build
 from lm_jax.data import tokenizer as tokenizers
-from lm_jax.errors import ConfigError
+from lm_jax.errors import ConfigError, DataError
+from lm_jax.hub.folder import read_json
 from lm_jax.inference.chat import Template
 from lm_jax.inference.generate import ready
 from lm_jax.models.transformer import Transformer
@@ -47,8 +47,8 @@ def load(path, *, say=print) -> Speaker:
     ConfigError names what is missing; of a run that has saved nothing yet, when it will.
     """
     folder = Path(path)
-    record = disk.read_json(folder / "config.json") if folder.is_dir() else None
-    if isinstance(record, dict) and "train" in record:
+    record = read_json(folder / "config.json") if folder.is_dir() else {}
+    if "train" in record:
         return _of_run(folder, config.from_dict(record), say)
     return _of_folder(hub.path(path), say)
 
@@ -119,14 +119,22 @@ def _of_folder(folder: Path, say) -> Speaker:
     if not files:
         raise ConfigError(f"{folder} has no tokenizer: tokenizer.json, tokenizer.model or spiece.model is wanted")
     tokenizer = tokenizers.make(str(folder / files[0]), (), vocab=0)
-    told = (disk.read_json(folder / "config.json") or {}) | (disk.read_json(folder / "generation_config.json") or {})
-    settings = disk.read_json(folder / "tokenizer_config.json") or {}
+    settings = read_json(folder / "tokenizer_config.json")
     before, after = _frame(folder / files[0], tokenizer, settings)
-    ends = told.get("eos_token_id")
-    stops = (tokenizer.eos,) if ends is None else tuple(np.atleast_1d(ends).tolist())
-    start = told.get("decoder_start_token_id", tokenizer.pad)
+    stops = _told(folder, "eos_token_id", tokenizer.eos)
+    start = _told(folder, "decoder_start_token_id", tokenizer.pad)[0]
     template = Template.of_folder(folder, settings, tokenizer)
     return Speaker(ready(model), tokenizer, before, after, start, stops, template, str(folder))
+
+
+def _told(folder: Path, key: str, default: int) -> tuple[int, ...]:
+    """The ids, or the one, of a key in generation_config.json or else in config.json."""
+    told = (read_json(folder / "config.json") | read_json(folder / "generation_config.json")).get(key)
+    ids = [default if told is None else told] if not isinstance(told, list) else told
+    if not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise DataError(f"{folder}: {key}={told!r} in generation_config.json or config.json: an id is wanted, or a "
+                        "list of them")
+    return tuple(ids)
 
 
 def _frame(file: Path, tokenizer, settings: dict):

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lm_jax import disk, hub, parallel
+from lm_jax import hub, parallel
 from lm_jax.data import framed
 from lm_jax.data.framed import Row
 from lm_jax.errors import ConfigError
@@ -80,8 +80,9 @@ def load(path, *, say=print) -> Reader:
     kinds = {"dtype": "float32", "weights": "float32"} if parallel.on_cpu() else {}
     model = hub.load(path, say=say, **kinds)
     where = Path(model.origin)
-    settings, tokenizer = folder.config(where), framed.tokenizer(where)
-    told = (disk.read_json(where / "tokenizer_config.json") or {}).get("model_max_length") or UNLIMITED
+    settings, frame = folder.config(where), folder.read_json(where / "tokenizer_config.json")
+    tokenizer = framed.tokenizer(where, frame)
+    told = frame.get("model_max_length") or UNLIMITED
     longest = model.cfg.max_length if model.cfg.positions == "learned" else settings.get("max_position_embeddings")
     limit = int(min(told, longest or UNLIMITED))
     return Reader(ready(model), tokenizer, settings, limit if limit < UNLIMITED else None, say)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lm_jax import disk, hub
+from lm_jax import hub
 from lm_jax.errors import ConfigError
+from lm_jax.hub.folder import read_json
 from lm_jax.inference import beam, text
 from lm_jax.inference import load as speakers
 from lm_jax.inference.load import Speaker
@@ -74,7 +75,7 @@ def load(path, *, task: str, say=print) -> Author:
     said."""
     speaker = speakers.load(hub.path(path), say=say)
     origin = getattr(speaker.model, "origin", None)
-    config, generation, texts = (origin and disk.read_json(Path(origin) / name) or {} for name in (
+    config, generation, texts = (origin and read_json(Path(origin) / name) or {} for name in (
         "config.json", "generation_config.json", "tokenizer_config.json"))
     folder = generation | (config.get("task_specific_params") or {}).get(task, {})
     if missed := [f"{name}={folder[name]}" for name, idle in IGNORED.items() if folder.get(name, idle) != idle]:
