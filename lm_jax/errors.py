@@ -1,30 +1,40 @@
 """How a program ends when something other than its code is wrong: errors with a message for people and an exit code."""
 
 import errno
+import os
+import select
 import sys
 
+AGAIN = "interrupted; the same command goes on from what was saved"
+MEMORY = "lower train.batch or data.length, raise train.microbatches, or set model.remat='full'"
 
-def run(main):
+
+def run(main, *, again: str = AGAIN, memory: str = MEMORY):
     """Call `main(argv)` as a program: what a user can cure is one readable message and an exit code, never a traceback.
+    `again` is what an interruption is answered with, `memory` what cures too little of it.
 
-    Codes are an interface: 0 done, 2 the config cannot run, 74 no room on a disk, 75 stopped and saved, 76 hung, 77 data are
-    damaged, 78 diverged, 79 no intact checkpoint, 130 interrupted. What is left, a bug, is a traceback and 1.
+    Codes are an interface: 0 done, 2 the config cannot run, 74 no room on a disk, 75 stopped and saved, 76 hung, 77
+    data are damaged, 78 diverged, 79 no intact checkpoint, 130 interrupted, 141 nobody reads standard output any more,
+    as after `| head`: in silence. What is left, a bug, is a traceback and 1.
     """
     try:
-        sys.exit(main(sys.argv))
+        code = main(sys.argv)
+        sys.stdout.flush()
+        sys.exit(code)
     except Failure as e:
         message, code = str(e), e.code
     except KeyboardInterrupt:
-        message, code = "interrupted; the same command goes on from what was saved", 130
+        message, code = again, 130
     except OSError as e:
+        if isinstance(e, BrokenPipeError) and _unread():
+            sys.exit(141)
         if e.errno not in FULL:
             raise
         message, code = f"{e}: make room, and run the same command to go on from what was saved", 74
     except RuntimeError as e:  # as JAX raises it
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        cure = "lower train.batch or data.length, raise train.microbatches, or set model.remat='full'"
-        message, code = f"{str(e).splitlines()[0][:200]}: {cure}", 2
+        message, code = f"{str(e).splitlines()[0][:200]}: {memory}", 2
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -49,3 +59,14 @@ class DataError(ConfigError):
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: a disk, a quota, a limit of the shell
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)  # no file can be made there
+
+
+def _unread() -> bool:
+    """Whether nobody reads standard output any more; if so, what it still holds is dropped."""
+    out = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(out, 0)
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return gone

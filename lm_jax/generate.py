@@ -5,11 +5,12 @@
     python -m lm_jax.generate --model=folder --chat
 
 One prompt's answer appears as it is written; several are written side by side. Exit codes: 0 done, 2 this cannot be
-done: the message says why, 77 files are damaged, 79 no checkpoint is intact.
+done: the message says why, 77 files are damaged, 79 no checkpoint is intact, 141 what it writes is read no more.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 
@@ -23,23 +24,29 @@ from lm_jax.inference import beam, speculative, text
 from lm_jax.inference.load import Speaker, load
 from lm_jax.inference.sample import Sampler
 
+DRAWN = tuple(field.name for field in dataclasses.fields(Sampler))
+ALONE = {  # what such a flag leaves without a use
+    "chat": (("prompt", "prompts", "json", "beams", "draft"), "a conversation is read and answered a line at a time"),
+    "beams": ((*DRAWN, "draft"), "a search for the likeliest draws nothing"),
+}
+
 
 def main(argv):
     args = parse(argv)
-    sampler = Sampler(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampler)})
+    sampler = Sampler(**{name: getattr(args, name) for name in DRAWN})
     prompts = [] if args.chat else read(args)
     parallel.use(MeshConfig(fsdp=1, model=-1))
-    tell = lambda line: print(line, file=sys.stderr)
+    tell = functools.partial(print, file=sys.stderr)
     speaker = load(args.model, say=tell)
     tell(f"{speaker.said}: {jax.device_count()} {jax.devices()[0].device_kind}")
     if args.chat:
-        return chat(speaker, sampler, args)
+        return chat(speaker, sampler, args, tell)
     if len(prompts) == 1 and not (args.json or args.beams or args.draft):
-        for _, new, _ in text.stream(speaker, prompts, sampler, **knobs(args)):
+        for _, new, _ in text.stream(speaker, prompts, sampler, **knobs(args), say=tell):
             print(new, end="", flush=True)
         print()
         return 0
-    for prompt, answer in zip(prompts, answered(speaker, prompts, sampler, args)):
+    for prompt, answer in zip(prompts, answered(speaker, prompts, sampler, args, tell)):
         record = {"prompt": prompt} | dataclasses.asdict(answer)
         print(json.dumps(record, ensure_ascii=False) if args.json else f"{prompt}▮{answer.text}\n")
     return 0
@@ -66,7 +73,12 @@ def parse(argv) -> argparse.Namespace:
     add("--draft", metavar="FOLDER", help="a smaller model of the same tokenizer that drafts for this one")
     add("--ahead", type=int, default=4, help="tokens of a draft")
     add("--json", action="store_true", help="a line of JSON an answer: text, ids, logprobs, how it ended")
-    return parser.parse_args(argv[1:])
+    args = parser.parse_args(argv[1:])
+    for flag, (idle, why) in ALONE.items():
+        given = [name for name in idle if getattr(args, name) != parser.get_default(name)]
+        if getattr(args, flag) and given:
+            raise ConfigError(f"--{given[0]} with --{flag}: {why}; leave one of them out")
+    return args
 
 
 def read(args) -> list[str]:
@@ -87,37 +99,36 @@ def knobs(args) -> dict:
     return dict(length=args.length, seed=args.seed, stop=args.stop)
 
 
-def answered(speaker: Speaker, prompts: list[str], sampler: Sampler, args) -> list[text.Answer]:
+def answered(speaker: Speaker, prompts: list[str], sampler: Sampler, args, tell) -> list[text.Answer]:
     """The answers, drawn side by side, searched for, or drafted."""
     if not (args.beams or args.draft):
-        return text.answers(speaker, prompts, sampler, **knobs(args))
-    if args.beams and args.draft:
-        raise ConfigError("--beams with --draft: a search takes no draft; pass one of them")
-    batch = text.prompted(speaker, prompts)
+        return text.answers(speaker, prompts, sampler, **knobs(args), say=tell)
+    batch = text.prompted(speaker, prompts, say=tell)
     asked = dict(length=args.length, stop=speaker.stops, vocab=speaker.vocab)
     if args.beams:
         found = beam.search(speaker.model, batch, beams=args.beams, length_penalty=args.length_penalty, **asked)
         made = found.tokens_BWT[:, 0], found.lengths_BW[:, 0], np.zeros((len(prompts), 0))
     else:
-        draft = load(args.draft)
+        draft = load(args.draft, say=tell)
         if draft.tokenizer.digest != speaker.tokenizer.digest:
             raise ConfigError(f"--draft={args.draft} has another tokenizer than --model={args.model}: take a draft "
                               "that was trained on the same ids")
         keys_B = text.seeded(args.seed, len(prompts))
         found = speculative.speculate(speaker.model, draft.model, batch, sampler, key=keys_B, ahead=args.ahead, **asked)
-        print(f"{int(found.kept_B.sum())} of {int(found.drafted_B.sum())} drafted tokens were kept", file=sys.stderr)
+        tell(f"{int(found.kept_B.sum())} of {int(found.drafted_B.sum())} drafted tokens were kept")
         made = found[:3]
     return text.read(speaker, prompts, *map(np.asarray, made), length=args.length, stop=args.stop)
 
 
-def chat(speaker: Speaker, sampler: Sampler, args) -> int:
+def chat(speaker: Speaker, sampler: Sampler, args, tell) -> int:
     """Turn after turn, until the input ends."""
     messages = [{"role": "system", "content": args.system}] * bool(args.system)
-    stop, seed = [*args.stop, *speaker.template.stops], args.seed
+    knobs = dict(length=args.length, stop=[*args.stop, *speaker.template.stops], say=tell)
+    seed = args.seed
     for line in turns():
         messages.append({"role": "user", "content": line})
         prompt = speaker.template.ids(messages)
-        for _, new, answer in text.stream(speaker, [prompt], sampler, length=args.length, seed=seed, stop=stop):
+        for _, new, answer in text.stream(speaker, [prompt], sampler, seed=seed, **knobs):
             print(new, end="", flush=True)
         print()
         messages.append({"role": "assistant", "content": answer.text})
@@ -146,4 +157,4 @@ def bias(given: str) -> tuple:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, again="interrupted", memory="fewer prompts at once, a lower --length or fewer --beams take less")

@@ -1,11 +1,17 @@
 """Text comes out as it is written, never half a character, and of each prompt as if it were alone."""
 
 import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import speakers
 
+from lm_jax import generate as program
+from lm_jax import parallel
 from lm_jax.config import ConfigError
 from lm_jax.inference import text
 from lm_jax.inference.load import load
@@ -102,3 +108,48 @@ def test_a_prompt_that_cannot_be_is_named(speaker):
         assert str(told.value) == "prompt '' is empty: write a word" + cure
     with pytest.raises(ConfigError, match="2 seeds for 1 prompts"):
         text.answers(speaker, ["x"], seed=[1, 2])
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--beams=2 --top_p=0.5", "--top_p with --beams: a search"), ("--beams=2 --draft=x", "--draft with --beams"),
+    ("--beams=2 --logit_bias=1:2", "--logit_bias with --beams"), ("--chat --beams=2", "--beams with --chat: a conv"),
+    ("--chat --draft=x", "--draft with --chat"), ("--chat --json", "--json with --chat"),
+    ("--chat --prompt=x", "--prompt with --chat"), ("--chat --prompts=x", "--prompts with --chat")])
+def test_a_flag_without_a_use_is_refused(flags, said):
+    with pytest.raises(ConfigError, match=said):
+        program.parse(["generate", "--model=m", *flags.split()])
+    assert program.parse(["generate", "--model=m", flags.split()[0]]).model == "m"
+
+
+def test_standard_output_of_json_holds_nothing_else(speaker, monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "use", lambda mesh: None)
+    monkeypatch.setattr(program, "load", lambda path, say=print: (say(f"reads {path}"), speaker)[1])
+    long = "x" * (speaker.model.cfg.max_length + 1)
+    assert program.main(["", "--model=large", "--draft=small", "--json", f"--prompt={long}", "--length=2"]) == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == [long]
+    assert "reads large" in err and "reads small" in err and "pass model.max_length" in err
+
+
+@pytest.mark.parametrize("last, code, said", [
+    ("[print(i, flush=True) for i in range(10**6)]", 141, ""), ("print(sys.stdin.readline())", 141, ""),
+    ("os.write(os.pipe()[1], bytes(1)); raise BrokenPipeError('another pipe')", 1, "another pipe"),
+    ("raise KeyboardInterrupt", 130, "error: my own words\n")], ids=["much", "little", "another", "interrupted"])
+def test_a_program_whose_reader_has_gone_ends_in_silence(last, code, said):
+    source = f"""
+import os, sys
+from lm_jax import errors
+def main(argv):
+    print("first", flush=True)
+    {last}
+errors.run(main, again="my own words")
+"""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", source], stdin=pipe, stdout=pipe, stderr=pipe, text=True,
+                               cwd=pathlib.Path(__file__).parent.parent)
+    if code == 141:
+        assert process.stdout.readline() == "first\n"
+        process.stdout.close()
+        process.stdout = None
+    err = process.communicate("\n", timeout=60)[1]
+    assert process.returncode == code and (err == said or code == 1 and said in err and "Traceback" in err), err

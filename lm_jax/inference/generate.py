@@ -66,7 +66,8 @@ def asked(model, batch: Batch, sampler, *, length: int, stop, vocab: int) -> tup
                           f"learned positions: at most {cfg.max_length + 1} in all")
     read = 0 if "source" not in batch else _reach(batch["source"])
     if cfg.positions == "learned" and read > cfg.max_length:
-        raise ConfigError(f"a source of {read} tokens passes model.max_length={cfg.max_length} learned positions: cut it")
+        raise ConfigError(f"a source of {read} tokens passes model.max_length={cfg.max_length} learned positions: "
+                          "cut it")
     stops = np.array([], np.int32) if stop is None else np.atleast_1d(np.array(stop, np.int32))
     return Rules.of(sampler, B, cfg.vocab), stops
 
