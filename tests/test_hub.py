@@ -129,10 +129,12 @@ def test_a_model_that_no_family_has_is_told_what_is_its_own(tmp_path):
 
 
 def test_what_was_changed_since_it_was_loaded_is_said_anew(folder, tmp_path):
-    model = hub.load(folder("llama"), logit_softcap=20.0, norm_place="pre")
+    model = hub.load(folder("llama"))
+    model.cfg = dataclasses.replace(model.cfg, logit_softcap=20.0)
     with pytest.raises(ConfigError, match="model.logit_softcap=20.0, where it has 0.0"):
         hub.save(model, tmp_path)
-    longer = hub.load(folder("llama"), rope=RopeConfig(theta=1e4, scaling="linear", factor=2.0))
+    longer = hub.load(folder("llama"))
+    longer.cfg = dataclasses.replace(longer.cfg, rope=RopeConfig(theta=1e4, scaling="linear", factor=2.0))
     hub.save(longer, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["rope_parameters"]["rope_type"] == "linear"
     assert dataclasses.replace(hub.load(tmp_path).cfg, max_length=0) == dataclasses.replace(longer.cfg, max_length=0)

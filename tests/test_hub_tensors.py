@@ -17,7 +17,7 @@ from lm_jax import hub, parallel
 from lm_jax.config import ConfigError, MeshConfig
 from lm_jax.errors import DataError
 from lm_jax.hub import stream, tensors
-from lm_jax.models import flops
+from lm_jax.models import flops, transformer
 
 
 @pytest.mark.parametrize("name, shape", [("gpt2", MeshConfig(fsdp=4, model=2)),
@@ -263,8 +263,27 @@ def test_names_from_before_are_understood(folder, tmp_path):
         close(hub.logits(hub.load(target), [TOKENS[:5]]), hub.logits(hub.load(folder(family)), [TOKENS[:5]]), 1e-7)
 
 
+@pytest.mark.parametrize("settings, said", [
+    (dict(causal=False), "causal=False: only attention, dropout, dtype, remat can be set"),
+    (dict(dtpe="float32"), "nearest is 'dtype'"), (dict(dtype="flot32"), "dtype='flot32': choose one of float32"),
+    (dict(weights="flot32"), "weights='flot32': choose one of float32"), (dict(dropout=1.5), "dropout=1.5: at least 0"),
+])
+def test_only_how_a_model_computes_can_be_set_where_it_is_loaded(settings, said, folder):
+    with pytest.raises(ConfigError, match=said):
+        hub.load(folder("gpt2"), **settings)
+
+
+def test_a_model_taken_apart_is_not_saved(folder, tmp_path):
+    with pytest.raises(ConfigError, match="taken apart.*save the one it was made from"):
+        hub.save(transformer.apart(hub.load(folder("gpt2"))), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_rows_that_a_model_cannot_read_are_refused(folder):
     model = hub.load(folder("gpt2"))
+    for rows in ([1, 2, 3], [[1.7, 2.2]], "hello", [["a"]], [[[1]]], [[1, [2]]]):
+        with pytest.raises(ConfigError, match="is no row of ids: pass a list of rows"):
+            hub.logits(model, rows)
     with pytest.raises(ConfigError, match="a row without tokens"):
         hub.logits(model, [[1], []])
     with pytest.raises(ConfigError, match="token 99 is none of this model's 99"):

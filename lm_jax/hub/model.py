@@ -1,6 +1,7 @@
 """Models out of folders and into them, and the plain way to look at one."""
 
 import contextlib
+import difflib
 import re
 from dataclasses import replace
 from functools import partial
@@ -17,22 +18,25 @@ import lm_jax.hub.store as store
 import lm_jax.hub.stream as stream
 from lm_jax import parallel
 from lm_jax.batch import Batch
-from lm_jax.config import TransformerConfig
+from lm_jax.config import CHOICES, TransformerConfig
 from lm_jax.errors import ConfigError, DataError
 from lm_jax.hub.families import Family
 from lm_jax.hub.places import places
-from lm_jax.hub.settled import settled
+from lm_jax.hub.settled import HOW, settled
 from lm_jax.models.transformer import Transformer
+
+KEPT = ("float32", "bfloat16", "float16")  # types of weights
 
 
 def load(folder_or_name, *, weights: str | None = None, say=print, **settings) -> Transformer:
     """The model of a folder as transformers saves it, or of a name (owner/name@revision), on the mesh in use.
 
-    It computes in the type of its weights (float16 in float32), unless `dtype` is among the `settings`, which may be
-    any fields of its config that change how it computes and not what. `weights` is the type that weights are kept in:
-    None keeps each one's own, "float32" is what training wants. The model remembers the folder as its `origin`.
+    It computes in the type of its weights (float16 in float32), unless `dtype` is among the `settings`, which are those
+    of `settled.HOW`. `weights` is the type that weights are kept in: None keeps each one's own, "float32" is what
+    training wants. The model remembers the folder as its `origin`.
     Raises ConfigError or DataError where the folder is not one model, whole.
     """
+    _check_settings({"weights": weights} if weights else {}, settings)
     where = store.path(folder_or_name)
     hf = folder.config(where)
     if "train" in hf:
@@ -62,6 +66,9 @@ def save(model: Transformer, path, *, like=None, shard: int = folder.SHARD):
     and its config.json where that says what the model is. Else the family is the first that can say all of the model's
     settings; ConfigError says what none can. Files hold at most `shard` bytes.
     """
+    if model.decoder.apart is not None:
+        raise ConfigError("the model was taken apart to decode on a CPU: save the one it was made from, as hub.load "
+                          "gives it")
     cfg, target = model.cfg, Path(path)
     like = getattr(model, "origin", "") if like is None else like
     params = {way: leaf.get_value() for way, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
@@ -96,7 +103,7 @@ def logits(model: Transformer, tokens, decoder_tokens=None) -> np.ndarray:
 
 def batch(cfg: TransformerConfig, tokens, types=None) -> Batch:
     """A batch of rows of ids (and of token types, where the model has them), padded at their ends."""
-    rows = [np.asarray(row, np.int64).reshape(-1) for row in tokens]
+    rows = [_ids(row) for row in tokens]
     lengths = [len(row) for row in rows]
     if not rows or not min(lengths):
         raise ConfigError("a row without tokens: each needs one at least")
@@ -112,6 +119,18 @@ def batch(cfg: TransformerConfig, tokens, types=None) -> Batch:
     if cfg.types:
         made["types"] = padded([np.zeros(n, int) for n in lengths] if types is None else map(np.asarray, types))
     return made
+
+
+def _ids(row) -> np.ndarray:
+    """A row of ids as int64."""
+    try:
+        ids = np.asarray(row)
+    except ValueError:  # of rows in it that differ in length
+        ids = np.array(None)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ConfigError(f"{repr(row)[:60]} is no row of ids: pass a list of rows, each a list of whole numbers, such "
+                          "as [[1, 2, 3]]")
+    return ids.astype(np.int64)
 
 
 @jax.jit
@@ -159,6 +178,20 @@ def _computes(found) -> str:
     for tensor in found.values():
         sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + int(np.prod(tensor.shape))
     return "bfloat16" if sizes and max(sizes, key=sizes.get) == "bfloat16" else "float32"
+
+
+def _check_settings(weights, settings):
+    """Refuse settings that are unknown, or that change what a model is."""
+    for key in settings.keys() - HOW:
+        near = difflib.get_close_matches(key, HOW, n=1, cutoff=0)[0]
+        raise ConfigError(f"{key}={settings[key]!r}: only {', '.join(HOW)} can be set where a model is loaded; nearest "
+                          f"is {near!r}")
+    choices = {key: CHOICES[f"model.{key}"] for key in HOW if f"model.{key}" in CHOICES} | {"weights": KEPT}
+    for key, value in (weights | settings).items():
+        if key in choices and value not in choices[key]:
+            raise ConfigError(f"{key}={value!r}: choose one of {', '.join(choices[key])}")
+    if not 0 <= settings.get("dropout", 0) < 1:
+        raise ConfigError(f"dropout={settings['dropout']}: at least 0 and below 1")
 
 
 def _check_tensors(where, wanted, found):

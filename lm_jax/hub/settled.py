@@ -7,6 +7,8 @@ from lm_jax.config import MoEConfig, RopeConfig, TransformerConfig
 from lm_jax.hub.settings import OVER_WORDS, period
 from lm_jax.models.stack import dense_or_experts, repeated
 
+HOW = ("attention", "dropout", "dtype", "remat")  # settings of how a model computes, which say nothing of what it is
+
 
 def settled(cfg: TransformerConfig) -> TransformerConfig:
     """The same model with its sizes filled in, and at its default whatever does not change its numbers."""
@@ -26,7 +28,7 @@ def settled(cfg: TransformerConfig) -> TransformerConfig:
         value_size=sizes["O"] if cfg.latent else 0, kv_heads=0 if cfg.latent else sizes["K"],
         base_depth=cfg.base_depth if cfg.base_width else 0)
     used = dict(head_size=sizes["H"], hidden=sizes["F"], attention_scale=cfg.attention_scale or sizes["H"] ** -0.5)
-    how = {key: getattr(plain, key) for key in ("attention", "dropout", "init_std", "dtype", "remat")}
+    how = {key: getattr(plain, key) for key in (*HOW, "init_std")}
     return replace(cfg, **read, **used, **how)
 
 
