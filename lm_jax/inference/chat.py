@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm_jax.errors import ConfigError
+from lm_jax.errors import ConfigError, DataError
 
 MARK = "\ue000"  # private use: put into what people write, where it spells a special token, until that is past
 
@@ -33,21 +33,24 @@ class Template:
         """That of chat_template.jinja or tokenizer_config.json; where there is none a plain one in words."""
         file, found = folder / "chat_template.jinja", settings.get("chat_template")
         if isinstance(found, list):
-            named = {one["name"]: one["template"] for one in found}
+            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
             found = named.get("default", next(iter(named.values()), None))
         found = file.read_text("utf-8") if file.is_file() else found
+        if not isinstance(found, str | None):
+            raise DataError(f"{folder / 'tokenizer_config.json'} has a chat_template that is no text: {found!r}")
         words = {name: word["content"] if isinstance(word, dict) else word for name, word in settings.items()
                  if name.endswith("_token") and isinstance(word, (str, dict))}
         return cls(tokenizer, found or PLAIN, words, () if found else ("\nUser:",))
 
     def ids(self, messages: list[dict]) -> list[int]:
         """The prompt of what the assistant says next. What people write never becomes a special token."""
+        _check(messages)
         if self.source is None:
             roles, encode = self.tokenizer.chat, self.tokenizer.encode
             said = [[roles[_role(one, roles)], *encode(one["content"]), roles["end"]] for one in messages]
             return [self.tokenizer.bos, *(int(id) for ids in said for id in ids), roles["assistant"]]
         names = sorted(filter(None, self.tokenizer.specials), key=len, reverse=True)
-        special = re.compile("|".join(map(re.escape, names)))
+        special = re.compile("|".join(map(re.escape, names)) or "(?!)")  # which is nowhere
         tamed = [one | {"content": special.sub(lambda found: found[0][0] + MARK + found[0][1:], one["content"])}
                  for one in messages]
         text, ids, at = self.written(tamed), [], 0
@@ -81,6 +84,14 @@ PLAIN = """{{ bos_token }}{% for message in messages %}{% if message.role == 'sy
 
 {% else %}{{ message.role.capitalize() }}: {{ message.content }}
 {% endif %}{% endfor %}Assistant:"""
+
+
+def _check(messages):
+    """Refuse what is no conversation."""
+    for one in messages:
+        if not (isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)):
+            raise ConfigError(f"{repr(one)[:80]} is no message: {{'role': .., 'content': ..}} is wanted, both texts; "
+                              "join the texts of a content in parts")
 
 
 def _role(message: dict, roles) -> str:
