@@ -23,6 +23,7 @@ class Tokenizer(Protocol):
     """What the rest of the house knows of a tokenizer. Ids are int32; V is `vocab`, which counts the specials too."""
 
     vocab: int
+    own: int  # ids of its file, before those of specials that it lacks
     pad: int
     bos: int  # begins each document; BERT's [CLS]
     eos: int  # ends each document; BERT's [SEP]

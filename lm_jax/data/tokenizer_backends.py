@@ -38,6 +38,7 @@ class Vocabulary:
 
         Sentinels come first and in falling order, which is where T5 keeps them behind its 32000 pieces.
         """
+        self.own = len(table)  # ids of the file; those from here on are known to nobody else
         ids, end = {}, len(table)
         for name in (*reversed(SENTINELS), *NAMES):
             if name in ids or name == "<unk>":

@@ -33,11 +33,7 @@ class Speaker:
     stops: tuple[int, ...]
     template: Template
     said: str  # what was loaded, for people
-
-    @property
-    def vocab(self) -> int:
-        """Ids that may be drawn: the tokenizer's, as far as the model's table has them."""
-        return min(self.tokenizer.vocab, self.model.cfg.vocab)
+    vocab: int  # ids that may be drawn: those that the model was trained on
 
 
 def load(path, *, say=print) -> Speaker:
@@ -71,7 +67,7 @@ def _of_run(folder: Path, c: config.Config, say) -> Speaker:
     before = tokenizer.modes[-1:] if c.data.objective == "ul2" else before  # the denoiser that goes on with a text
     stops = tokenizer.eos, tokenizer.chat["end"]
     return Speaker(ready(model), tokenizer, before, (tokenizer.eos,), tokenizer.pad, stops,
-                   Template.of_roles(tokenizer), f"{folder}, step {step:,} of {c.train.steps:,}")
+                   Template.of_roles(tokenizer), f"{folder}, step {step:,} of {c.train.steps:,}", tokenizer.vocab)
 
 
 def _newest(folder: Path, c: config.Config, cfg, say):
@@ -121,16 +117,22 @@ def _of_folder(folder: Path, say) -> Speaker:
     tokenizer = tokenizers.make(str(folder / files[0]), (), vocab=0)
     settings = read_json(folder / "tokenizer_config.json")
     before, after = _frame(folder / files[0], tokenizer, settings)
-    stops = _told(folder, "eos_token_id", tokenizer.eos)
-    start = _told(folder, "decoder_start_token_id", tokenizer.pad)[0]
-    template = Template.of_folder(folder, settings, tokenizer)
-    return Speaker(ready(model), tokenizer, before, after, start, stops, template, str(folder))
+    stops = _told(folder, "eos_token_id", tokenizer.eos, tokenizer)
+    start = _told(folder, "decoder_start_token_id", tokenizer.pad, tokenizer)
+    if model.cfg.encoder_depth and not start:
+        raise ConfigError(f"{folder} does not say what its decoder begins with: put decoder_start_token_id into its "
+                          "config.json")
+    template, vocab = Template.of_folder(folder, settings, tokenizer), min(tokenizer.own, model.cfg.vocab)
+    return Speaker(ready(model), tokenizer, before, after, (*start, 0)[0], stops, template, str(folder), vocab)
 
 
-def _told(folder: Path, key: str, default: int) -> tuple[int, ...]:
-    """The ids, or the one, of a key in generation_config.json or else in config.json."""
+def _told(folder: Path, key: str, default: int, tokenizer) -> tuple[int, ...]:
+    """The ids, or the one, of a key in generation_config.json or else in config.json; without it the tokenizer's, where
+    its file has one."""
     told = (read_json(folder / "config.json") | read_json(folder / "generation_config.json")).get(key)
-    ids = [default if told is None else told] if not isinstance(told, list) else told
+    if told is None:
+        return _in_file(tokenizer, default)
+    ids = told if isinstance(told, list) else [told]
     if not ids or not all(type(i) is int and i >= 0 for i in ids):
         raise DataError(f"{folder}: {key}={told!r} in generation_config.json or config.json: an id is wanted, or a "
                         "list of them")
@@ -141,8 +143,8 @@ def _frame(file: Path, tokenizer, settings: dict):
     """What the tokenizer of a folder puts before and after a text."""
     if file.suffix == ".model":  # a LLaMA's begins texts, a T5's ends them
         ends = file.name == "spiece.model"
-        begins = settings.get("add_bos_token", not ends)
-        return (tokenizer.bos,) * begins, (tokenizer.eos,) * settings.get("add_eos_token", ends)
+        around = settings.get("add_bos_token", not ends), settings.get("add_eos_token", ends)
+        return tuple(_in_file(tokenizer, id) if put else () for id, put in zip((tokenizer.bos, tokenizer.eos), around))
     import tokenizers as library
 
     model = library.Tokenizer.from_file(str(file))
@@ -150,3 +152,8 @@ def _frame(file: Path, tokenizer, settings: dict):
     bare, full = (model.encode("a", add_special_tokens=add).ids for add in (False, True))
     at = next(i for i in range(len(full)) if full[i:i + len(bare)] == bare)
     return tuple(full[:at]), tuple(full[at + len(bare):])
+
+
+def _in_file(tokenizer, *ids: int) -> tuple[int, ...]:
+    """Those of some specials that the tokenizer's file has; a model from elsewhere knows no others."""
+    return tuple(id for id in ids if id < tokenizer.own)
