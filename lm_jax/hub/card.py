@@ -3,19 +3,24 @@
 from pathlib import Path
 
 import lm_jax.hub.store as store
-from lm_jax import disk
+from lm_jax.errors import DataError
+from lm_jax.hub.folder import read_json
 
 TASKS = {"lm": "text-generation", "mlm": "fill-mask", "bert": "fill-mask", "classes": "text-classification",
          "tags": "token-classification", "span": "question-answering", "none": "feature-extraction"}
 
 
-def write(folder: Path, run: Path, cfg, step: int):
-    """Write the card of the model in `folder`, which is a run's after so many steps."""
+def of(run: Path, cfg, step: int):
+    """The card of a run's model after so many steps; it has a method `save`."""
     hub = store.library()
-    manifest, summary = (disk.read_json(run / name) or {} for name in ("manifest.json", "summary.json"))
+    manifest, summary = (read_json(run / name) for name in ("manifest.json", "summary.json"))
     task = "text2text-generation" if cfg.encoder_depth else TASKS[cfg.head]
     data = hub.ModelCardData(library_name="transformers", pipeline_tag=task, tags=["lm_jax"])
-    hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text(manifest, summary, step)}").save(folder / "README.md")
+    try:
+        return hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text(manifest, summary, step)}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{run / 'manifest.json'} lacks what a card tells ({error!r}): bring back the run's "
+                        "own") from error
 
 
 def text(manifest: dict, summary: dict, step: int) -> str:
