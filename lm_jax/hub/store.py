@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import lm_jax.hub.folder as folder
@@ -46,11 +47,11 @@ def path(name) -> Path:
 def add(source, name: str) -> Path:
     """Put a folder into the local hub under a name, whose revision (default main) then is this; the snapshot's folder.
 
-    Content that is here is not copied again.
+    Of its files only those that a hub keeps are put in (`WANTED`); content that is here is not copied again.
     """
     repo, word = parse(name)
     folder.config(Path(source))
-    place, files = _place(repo), sorted(each for each in Path(source).rglob("*") if each.is_file())
+    place, files = _place(repo), sorted(each for each in Path(source).rglob("*") if _wanted(each, Path(source)))
     blobs = {each.relative_to(source).as_posix(): _digest(each) for each in files}
     listing = "".join(f"{digest} {file}\n" for file, digest in blobs.items())
     revision = hashlib.sha1(listing.encode(), usedforsecurity=False).hexdigest()
@@ -77,6 +78,8 @@ def upload(source, name: str) -> str:
     api = remote.HfApi()
     try:
         address = api.create_repo(repo, private=True, exist_ok=True)
+        if word != "main":
+            api.create_branch(repo, branch=word, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=str(source), revision=word, allow_patterns=WANTED)
     except Exception as error:  # the library's errors, and those of the network under it
         raise ConfigError(f"{name} could not be uploaded: {' '.join(str(error).split())[:300]}") from error
@@ -154,6 +157,12 @@ def _digest(file: Path) -> str:
     digest = hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False)
     digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _wanted(file: Path, source: Path) -> bool:
+    """Whether a hub keeps this file of a folder."""
+    hidden = any(part.startswith(".") for part in file.relative_to(source).parts)
+    return file.is_file() and not hidden and any(fnmatch(file.name, pattern) for pattern in WANTED)
 
 
 def _put(source: Path, blob: Path):
