@@ -3,15 +3,19 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
+import speakers
 from checkpoints import TOKENS, close, same_tensors
 
 from lm_jax import config, convert, hub
 from lm_jax.config import ConfigError
+from lm_jax.errors import DataError
 from lm_jax.hub import store
 from lm_jax.inference import load
 
@@ -122,6 +126,49 @@ def test_a_name_that_is_not_here_is_told_the_nearest(name, said, folder):
     store.add(folder("bert"), "me/bert")
     with pytest.raises(ConfigError, match=said):
         hub.load(name)
+
+
+def test_only_what_a_hub_keeps_is_put_into_the_local_one(folder, here):
+    source = shutil.copytree(folder("gpt2"), here / "model")
+    (source / ".git").mkdir()
+    for name in ("x.pkl", ".git/index.json", "merges.txt"):
+        (source / name).write_text("#")
+    found = store.add(source, "me/gpt2")
+    assert sorted(path.relative_to(found).as_posix() for path in found.rglob("*")) == [
+        "config.json", "merges.txt", "model.safetensors"]
+
+
+def test_a_run_is_not_put_into_the_hub_nor_one_without_its_records_written(here):
+    c = speakers.settings()
+    run = speakers.run(here / "run", c, {10: {"params": speakers.parameters(c)}})
+    with pytest.raises(ConfigError, match="is a run's folder: `python -m lm_jax.convert"):
+        store.add(run, "me/run")
+    with pytest.raises(DataError, match="lacks what a card tells .KeyError..config"):
+        convert.main(["convert", "run", "out"])
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--shard=-5"], "at most -5 bytes: at least 1"), (["--shard=0"], "at most 0 bytes"), ([], "a file has that name")])
+def test_where_nothing_can_be_written_it_is_said(more, said, folder, here):
+    out = here / "out"
+    if not more:
+        out.write_text("mine")
+    with pytest.raises(ConfigError, match=said):
+        convert.main(["convert", str(folder("gpt2")), "out", *more])
+    assert out.read_text() == "mine" if not more else not out.exists()
+
+
+@pytest.mark.parametrize("name, branches", [("me/x", []), ("me/x@v1", ["v1"])])
+def test_an_upload_to_a_word_makes_its_branch(name, branches, folder, monkeypatch):
+    made, sent = [], []
+    api = types.SimpleNamespace(
+        create_repo=lambda repo, **how: "there", create_branch=lambda repo, *, branch, exist_ok: made.append(branch),
+        upload_folder=lambda *, revision, **what: sent.append((revision, list(made))))
+    monkeypatch.setattr(store, "library", lambda: types.SimpleNamespace(get_token=lambda: "x", HfApi=lambda: api))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert store.upload(folder("gpt2"), name) == "there"
+    assert sent == [(store.parse(name)[1], branches)]
 
 
 def test_what_is_no_model_is_not_put_into_the_hub(here):

@@ -79,6 +79,29 @@ def test_weights_of_8_bits_are_read_with_the_scales_of_their_blocks(folder, tmp_
     np.testing.assert_array_equal(read.T.astype(np.float32), small.astype(np.float32) * 0.5)
 
 
+def test_weights_of_8_bits_are_said_and_other_blocks_refused(folder, tmp_path):
+    up = "model.layers.1.mlp.up_proj.weight"
+    source = {name: tensor.rows() for name, tensor in tensors.read(folder("llama") / "model.safetensors").items()}
+    arrays = source | {up: source[up].astype(ml_dtypes.float8_e4m3fn),
+                       f"{up}_scale_inv": np.ones((1, 1), np.float32)}
+    (tmp_path / "config.json").write_text((folder("llama") / "config.json").read_text())
+    tensors.write(tmp_path / "model.safetensors", {n: (a.dtype, a.shape) for n, a in arrays.items()}, arrays.values())
+    said = []
+    hub.load(tmp_path, say=said.append)
+    assert len(said) == 1 and "1 tensors of 8 bits a number are kept as the bfloat16 that they stand for" in said[0]
+    spoil(tmp_path, quantization_config={"weight_block_size": [64, 128]})
+    with pytest.raises(ConfigError, match="weight_block_size=.64, 128.*only .128, 128. can be read"):
+        hub.load(tmp_path)
+
+
+def test_a_model_that_replaces_another_leaves_nothing_of_it(folder, llama):
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        (llama / name).write_text("{}")
+    (llama / "notes.md").write_text("mine")
+    hub.save(hub.load(folder("gpt2")), llama)
+    assert sorted(path.name for path in llama.iterdir()) == ["config.json", "model.safetensors", "notes.md"]
+
+
 def test_the_host_holds_little_more_than_the_devices(folder, tmp_path):
     """Peak memory of a load, in a process of its own: the model (on a CPU the host's too) and 1.3 times its largest
     tensor. A smaller model is loaded before, for what JAX itself takes."""

@@ -21,12 +21,15 @@ OLD_WORDS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm
 
 
 def config(folder: Path) -> dict:
-    """Its config.json."""
+    """Its config.json, which is a model's."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: pass one with a config.json, as transformers saves it")
     if not (found := read_json(folder / "config.json")):
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise ConfigError(f"{folder} has no config.json ({there} is in it): pass a folder as transformers saves it")
+    if "train" in found:
+        raise ConfigError(f"{folder} is a run's folder: `python -m lm_jax.convert {folder} OUT` writes one that can be "
+                          "opened")
     return found
 
 
@@ -61,8 +64,13 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 def write(folder: Path, hf: dict, entries: dict, tensor, *, shard: int = SHARD):
     """Write config.json and the tensors that `tensor(name)` gives, replacing a model that was there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "config.json").exists() and "train" in config(folder):
+    if shard < 1:
+        raise ConfigError(f"files of at most {shard} bytes: at least 1")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{folder} cannot be a folder, a file has that name: pass another to write to") from error
+    if "train" in read_json(folder / "config.json"):
         raise ConfigError(f"{folder} is a run's folder, whose config.json would be lost: pass another to write to")
     parts = list(tensors.shards(tensors.ordered(entries), shard))
     files = [WHOLE] if len(parts) == 1 else [f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
@@ -76,11 +84,15 @@ def write(folder: Path, hf: dict, entries: dict, tensor, *, shard: int = SHARD):
     disk.replace(folder / "config.json", [json.dumps(hf, indent=2, sort_keys=True), "\n"])
 
 
-def copy(source: Path, target: Path):
-    """Copy what travels with a model besides its weights."""
+def copy(source: Path | None, target: Path):
+    """Copy what travels with a model besides its weights; what another model has left there goes."""
+    if source and source.resolve() == target.resolve():
+        return
     for name in COPIED:
-        if (source / name).is_file() and source.resolve() != target.resolve():
+        if source and (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+        else:
+            (target / name).unlink(missing_ok=True)
 
 
 def tokens(folder: Path) -> int:

@@ -23,6 +23,7 @@ from lm_jax.errors import ConfigError, DataError
 from lm_jax.hub.families import Family
 from lm_jax.hub.places import places
 from lm_jax.hub.settled import HOW, settled
+from lm_jax.hub.tensors import BLOCK, Scaled
 from lm_jax.models.transformer import Transformer
 
 KEPT = ("float32", "bfloat16", "float16")  # types of weights
@@ -39,10 +40,8 @@ def load(folder_or_name, *, weights: str | None = None, say=print, **settings) -
     _check_settings({"weights": weights} if weights else {}, settings)
     where = store.path(folder_or_name)
     hf = folder.config(where)
-    if "train" in hf:
-        raise ConfigError(f"{where} is a run's folder: `python -m lm_jax.convert {where} OUT` writes one that can be "
-                          "opened")
     found = folder.read(where)
+    _check_blocks(hf, found, where, say)
     family = families.of_type(hf.get("model_type"))
     cfg = replace(family.read(hf, set(found)), dtype=_computes(found))
     cfg = replace(cfg, **settings)
@@ -64,7 +63,8 @@ def save(model: Transformer, path, *, like=None, shard: int = folder.SHARD):
 
     `like` is a folder of the same model (default: the one it was loaded from; "" for none): its tokenizer is copied,
     and its config.json where that says what the model is. Else the family is the first that can say all of the model's
-    settings; ConfigError says what none can. Files hold at most `shard` bytes.
+    settings; ConfigError says what none can. Files hold at most `shard` bytes. A model that was in the folder is
+    replaced whole: its tokenizer goes too.
     """
     if model.decoder.apart is not None:
         raise ConfigError("the model was taken apart to decode on a CPU: save the one it was made from, as hub.load "
@@ -78,9 +78,10 @@ def save(model: Transformer, path, *, like=None, shard: int = folder.SHARD):
     writer = stream.Writer(params, places(cfg, family, _own_prefix(family, cfg)))
     kept = params["embed", "table"].dtype.name
     hf |= {key: kept for key in ("dtype", "torch_dtype") if key in hf or not like}
+    replaced = (target / "config.json").exists()
     folder.write(target, hf, writer.entries(), writer.tensor, shard=shard)
-    if like:
-        folder.copy(Path(like), target)
+    if like or replaced:
+        folder.copy(Path(like) if like else None, target)
 
 
 def logits(model: Transformer, tokens, decoder_tokens=None) -> np.ndarray:
@@ -192,6 +193,17 @@ def _check_settings(weights, settings):
             raise ConfigError(f"{key}={value!r}: choose one of {', '.join(choices[key])}")
     if not 0 <= settings.get("dropout", 0) < 1:
         raise ConfigError(f"dropout={settings['dropout']}: at least 0 and below 1")
+
+
+def _check_blocks(hf, found, where, say):
+    """Refuse numbers of 8 bits in other blocks than are read; say that others than those on disk will be kept."""
+    if small := [name for name, tensor in found.items() if isinstance(tensor, Scaled)]:
+        block = (hf.get("quantization_config") or {}).get("weight_block_size") or [BLOCK, BLOCK]
+        if block != [BLOCK, BLOCK]:
+            raise ConfigError(f"{where}: weight_block_size={block!r} in its config.json: only [{BLOCK}, {BLOCK}] can "
+                              "be read; fetch the model in bfloat16")
+        say(f"{where}: {len(small)} tensors of 8 bits a number are kept as the bfloat16 that they stand for, such as "
+            f"{min(small)}")
 
 
 def _check_tensors(where, wanted, found):
