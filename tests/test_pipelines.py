@@ -196,6 +196,48 @@ def test_a_text_that_cannot_be_read_is_refused(run, made, tmp_path):
         lm_jax.pipeline("fill-mask", model=folder)("the [MASK]")
 
 
+@pytest.mark.parametrize("task, name, text, knobs, message", [
+    ("text-classification", "sentiment", None, {}, "the text is None: pass a string, or a list of them"),
+    ("text-generation", "gpt2", None, {}, "the prompt is None: pass a string"),
+    ("text-generation", "gpt2", "good", {"max_new_tokens": "4"}, "max_new_tokens='4': pass a whole number from 1 on"),
+    ("text-generation", "gpt2", "good", {"num_return_sequences": 0}, "num_return_sequences=0: pass a whole number"),
+    ("text-generation", "gpt2", "good", {"temperature": "warm"}, "temperature='warm': pass a number"),
+    ("text-generation", "gpt2", "good", {"stop_strings": [3]}, "stop_strings has 3: pass a string"),
+    ("summarization", "t5", "good", {"num_beams": 0}, "num_beams=0: pass a whole number from 1 on"),
+    ("zero-shot-classification", "nli", "good", {"candidate_labels": [None]}, "number 0, a label of .* is None"),
+    ("zero-shot-classification", "nli", "good", {"candidate_labels": None}, "the label of candidate_labels is None"),
+    *[("zero-shot-classification", "nli", "good", {"candidate_labels": "a", "hypothesis_template": wrong},
+       "hypothesis_template=.*: write {} in it once") for wrong in ("it is", "{} or {}", "{0}", "{name} {}", "}{", 3)],
+    ("token-classification", "names", "good", {"stride": -1}, "stride=-1: pass a whole number from 0 on"),
+    ("fill-mask", "masked", "the [MASK]", {"top_k": 0}, "top_k=0: pass a whole number from 1 on"),
+    ("question-answering", "questions", None, {"question": "a", "context": "b", "doc_stride": -2}, "doc_stride=-2: "),
+    ("text-classification", "sentiment", "good", {"batch_size": 0}, "batch_size=0: pass a whole number from 1 on")],
+    ids=str)
+def test_a_knob_of_a_wrong_kind_is_named(run, task, name, text, knobs, message):
+    with refused(message):
+        run(task, name)(text, **knobs)
+
+
+def test_a_batch_size_bounds_what_is_computed_at_once(run, made, monkeypatch):
+    sizes, batch = [], pipelines.reader.Reader._batch
+    monkeypatch.setattr(pipelines.reader.Reader, "_batch", lambda self, rows, width: (
+        sizes.append(len(rows)), batch(self, rows, width))[1])
+    classify = run("text-classification", "sentiment")
+    close(classify(TWO * 2, batch_size=1), classify(TWO * 2))
+    assert sizes[:4] == [1] * 4 and max(sizes) > 1
+    write = lm_jax.pipeline("text-generation", model=made("gpt2"), batch_size=1, do_sample=True, max_new_tokens=4)
+    assert write.knobs["batch_size"] == 1 and write(TWO) == write(TWO, batch_size=8)
+    assert len(repr(write)) < 200, "no weights are printed"
+
+
+def test_windows_wider_than_the_model_are_as_wide_as_it_is(made):
+    said = []
+    tell = lm_jax.pipeline("question-answering", model=made("questions"), say=said.append)
+    asked = dict(question="who works ?", context=TEXT)
+    assert tell(**asked, max_seq_len=10**4) == tell(**asked)
+    assert f"max_seq_len=10000 passes the model's {tell.by.limit} tokens" in said[0]
+
+
 def test_a_sentencepiece_model_alone_is_enough_to_read(made, tmp_path):
     import io
 

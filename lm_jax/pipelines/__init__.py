@@ -10,16 +10,18 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from lm_jax.config import TransformerConfig
 from lm_jax.errors import ConfigError
 from lm_jax.pipelines import answers, labels, reader, tags, words, writing
+from lm_jax.pipelines.reader import whole
 
 
 def pipeline(task: str, model, *, say=print, **knobs) -> "Pipeline":
     """A task by name with the model of a folder as transformers saves it, or of a name in the local hub; those that
-    write also with a run's folder. `knobs` are those of the task's function: they hold where a call says no other.
+    write also with a run's folder. `knobs` are those of the task's function, and `batch_size`, how many texts are
+    computed at once at most; they hold where a call says no other.
 
     `say` is told what should be known of a model or of texts, such as that some are too long. ConfigError where the
     task is unknown, the model's head cannot do it, or the folder lacks what it needs.
@@ -47,13 +49,15 @@ class Pipeline:
     """A task with its model: called with a text, or a list of them."""
 
     task: str
-    by: reader.Reader | writing.Author
+    by: reader.Reader | writing.Author = field(repr=False)
     run: Callable = field(repr=False)
     knobs: dict
 
     def __call__(self, *inputs, **knobs):
         _check(self.task, self.run, knobs)
-        return self.run(self.by, *inputs, **self.knobs | knobs)
+        knobs = self.knobs | knobs
+        by = replace(self.by, rows=whole(batch_size=knobs.pop("batch_size", self.by.rows)))
+        return self.run(by, *inputs, **knobs)
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,9 @@ def _kind(cfg: TransformerConfig) -> str:
 
 def _check(task: str, run: Callable, knobs: dict):
     """Refuse a knob that a task has not."""
-    known = list(inspect.signature(run).parameters)[1:]
+    known = [*list(inspect.signature(run).parameters)[1:], "batch_size"]
     if "wish" in known:
-        known = [*known[:-1], *(each.name for each in fields(writing.Wish))]
+        known = [*(name for name in known if name != "wish"), *(each.name for each in fields(writing.Wish))]
     for name in knobs.keys() - {*known}:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         raise ConfigError(f"{task} has no knob {name!r}: nearest is {near!r}, of {', '.join(known)}")

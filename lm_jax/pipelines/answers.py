@@ -3,7 +3,7 @@
 import numpy as np
 
 from lm_jax.errors import ConfigError
-from lm_jax.pipelines.reader import Reader, scores, several, softmax
+from lm_jax.pipelines.reader import Reader, scores, several, softmax, whole
 
 WINDOW, SHARED = 384, 128  # tokens that are read at once, and that neighbours share: what such models were trained on
 OUT = -1e4  # the score of what cannot be in an answer
@@ -18,12 +18,14 @@ def answer(by: Reader, inputs=None, *, question=None, context=None, top_k: int =
     A long context is read in windows of `max_seq_len` tokens that share `doc_stride`; what they agree on adds up.
     `max_answer_len` is in tokens; with `handle_impossible_answer` the answer may be empty.
     """
-    for name, number in dict(top_k=top_k, max_answer_len=max_answer_len).items():
-        if number < 1:
-            raise ConfigError(f"{name}={number}: at least 1")
+    whole(top_k=top_k)
+    whole(max_answer_len=max_answer_len)
     pairs, single = _asked(inputs, question, context)
-    limit = max_seq_len or min(by.limit or WINDOW, WINDOW)
-    overlap = min(limit // 2, SHARED) if doc_stride is None else doc_stride
+    asked = WINDOW if max_seq_len is None else whole(max_seq_len=max_seq_len)
+    limit = min(asked, by.limit or asked)
+    if max_seq_len is not None and limit < asked:
+        by.say(f"max_seq_len={asked} passes the model's {limit} tokens: {limit} are read at once")
+    overlap = min(limit // 2, SHARED) if doc_stride is None else whole(least=0, doc_stride=doc_stride)
     windows = by.windows(pairs, limit=limit, overlap=overlap, cut="only_second")
     looked = iter(by.look([row for rows in windows for row in rows], scores))
     found = []

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lm_jax.errors import ConfigError
-from lm_jax.pipelines.reader import Reader, scores, several, softmax
+from lm_jax.pipelines.reader import Reader, scores, several, softmax, whole
 
 
 def classify(by: Reader, inputs, *, top_k: int | None = 0, function_to_apply: str | None = None,
@@ -13,6 +13,8 @@ def classify(by: Reader, inputs, *, top_k: int | None = 0, function_to_apply: st
     `top_k` gives a list a text: its k likeliest labels, None: all. `function_to_apply` makes scores of what the head
     gives: "softmax", "sigmoid", "none"; None is what config.json says, else softmax, of one label the sigmoid.
     """
+    if top_k is not None:
+        whole(least=0, top_k=top_k)
     texts, single = several(inputs, kinds=(str, dict))
     rows = by.beginnings([_pair(text) for text in texts], truncation=truncation)
     scores_BC = _function(by, function_to_apply)(np.array(by.look(rows, scores))[:, 0]) if rows else []
@@ -32,12 +34,15 @@ def zero_shot(by: Reader, inputs, candidate_labels, *, hypothesis_template: str 
     the text entails it. With `multi_label` each is likely or not by itself, else their scores add up to one.
     """
     texts, single = several(inputs)
-    labels = candidate_labels.split(",") if isinstance(candidate_labels, str) else candidate_labels
-    labels = [label.strip() for label in labels if label.strip()]
+    if isinstance(candidate_labels, str):
+        labels = [label.strip() for label in candidate_labels.split(",") if label.strip()]
+    else:
+        labels = [label.strip() for label in several(candidate_labels, "label of candidate_labels")[0]]
     if not labels:
         raise ConfigError(f"candidate_labels={candidate_labels!r} names no label: pass a list of one or more")
-    if hypothesis_template.format(labels[0]) == hypothesis_template:
-        raise ConfigError(f"hypothesis_template={hypothesis_template!r} has no place for a label: write {{}} in it")
+    braces = "".join(one for one in str(hypothesis_template) if one in "{}")
+    if not isinstance(hypothesis_template, str) or braces != "{}" or braces not in hypothesis_template:
+        raise ConfigError(f"hypothesis_template={hypothesis_template!r}: write {{}} in it once, for the label")
     yes, no = _entailment(by)
     if not texts:
         return []

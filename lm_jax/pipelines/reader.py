@@ -1,6 +1,7 @@
 """A model that reads: texts in rows of a few lengths, so that few programs serve all; and what tasks ask of them."""
 
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from lm_jax.hub import folder
 from lm_jax.inference.generate import ready
 from lm_jax.models.transformer import Transformer
 
-ROWS, TOKENS = 32, 16_384  # at most so many of a batch
+ROWS, TOKENS = 32, 16_384  # at most so many of a batch, where nobody says
 UNLIMITED = 10**9  # tokenizer_config.json writes a larger number for no limit
 
 
@@ -29,6 +30,7 @@ class Reader:
     settings: dict  # its config.json
     limit: int | None  # tokens that it can read at once
     say: Callable
+    rows: int = ROWS  # at most so many of a batch
 
     @property
     def labels(self) -> list[str]:
@@ -60,7 +62,7 @@ class Reader:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         while order:
             width = fitting(len(rows[order[0]]))
-            some = [i for i in order[:max(1, min(ROWS, TOKENS // width))] if fitting(len(rows[i])) == width]
+            some = [i for i in order[:max(1, min(self.rows, TOKENS // width))] if fitting(len(rows[i])) == width]
             order = order[len(some):]
             with jax.default_matmul_precision("highest"):
                 out = np.asarray(_looked(self.model, self._batch([rows[i] for i in some], width), at), np.float32)
@@ -101,6 +103,8 @@ def hidden(model, batch):
 def several(inputs, what: str = "text", kinds=(str,)) -> tuple[list, bool]:
     """Inputs as a list, and whether they were a single one. ConfigError names what is none, or empty."""
     single = isinstance(inputs, (*kinds, str))
+    if not single and not isinstance(inputs, Iterable):
+        raise ConfigError(f"the {what} is {inputs!r}: pass a string, or a list of them")
     texts = [inputs] if single else list(inputs)
     for i, text in enumerate(texts):
         number = "the" if single else f"number {i}, a"
@@ -109,6 +113,14 @@ def several(inputs, what: str = "text", kinds=(str,)) -> tuple[list, bool]:
         if isinstance(text, str) and not text.strip():
             raise ConfigError(f"{number} {what} is {text!r}, which is empty: leave it out, or write something in it")
     return texts, single
+
+
+def whole(*, least: int = 1, **knob) -> int:
+    """The one knob that is given, once it is sure that it is a whole number from `least` on."""
+    (name, number), = knob.items()
+    if isinstance(number, bool) or not isinstance(number, numbers.Integral) or number < least:
+        raise ConfigError(f"{name}={number!r}: pass a whole number from {least} on")
+    return int(number)
 
 
 def fitting(n: int) -> int:

@@ -5,7 +5,7 @@ from itertools import groupby
 import numpy as np
 
 from lm_jax.errors import ConfigError
-from lm_jax.pipelines.reader import Reader, scores, several, softmax
+from lm_jax.pipelines.reader import Reader, scores, several, softmax, whole
 
 
 def tag(by: Reader, inputs, *, aggregation_strategy: str = "none", ignore_labels=("O",), stride: int | None = None):
@@ -18,7 +18,7 @@ def tag(by: Reader, inputs, *, aggregation_strategy: str = "none", ignore_labels
     if aggregation_strategy not in STRATEGIES:
         raise ConfigError(f"aggregation_strategy={aggregation_strategy!r} is not known, of {', '.join(STRATEGIES)}")
     texts, single = several(inputs)
-    overlap = (by.limit or 0) // 4 if stride is None else stride
+    overlap = (by.limit or 0) // 4 if stride is None else whole(least=0, stride=stride)
     windows = by.windows(texts, limit=by.limit, overlap=overlap)
     looked = iter(by.look([row for rows in windows for row in rows], scores))
     found = []

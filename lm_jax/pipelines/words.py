@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from lm_jax.errors import ConfigError
-from lm_jax.pipelines.reader import ROWS, Reader, hidden, several, softmax
+from lm_jax.pipelines.reader import ROWS, Reader, hidden, several, softmax, whole
 
 
 def fill(by: Reader, inputs, *, top_k: int = 5, targets=None, truncation: bool = True):
@@ -15,6 +15,7 @@ def fill(by: Reader, inputs, *, top_k: int = 5, targets=None, truncation: bool =
     if mask is None:
         raise ConfigError("fill-mask needs a token that stands for what is missing, and this tokenizer has none: name "
                           "it as mask_token in tokenizer_config.json, or take a model with one")
+    whole(top_k=top_k)
     texts, single = several(inputs)
     rows = by.beginnings(texts, truncation=truncation)
     for i, row in enumerate(rows):

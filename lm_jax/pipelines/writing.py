@@ -1,7 +1,8 @@
 """Texts that a model writes: what goes on from a prompt, or what becomes of a text."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ from lm_jax.inference import beam, text
 from lm_jax.inference import load as speakers
 from lm_jax.inference.load import Speaker
 from lm_jax.inference.sample import Sampler
-from lm_jax.pipelines.reader import ROWS, UNLIMITED, several
+from lm_jax.pipelines.reader import ROWS, UNLIMITED, several, whole
 
 LENGTH = 256  # new tokens, where nobody says how many
 BEAMS = 4  # side by side in a search for what becomes of a text, where nobody says; as in transformers
 LENGTHS = ("max_new_tokens", "max_length")  # who says one of them says what the other should be
 DRAWS = ("temperature", "top_k", "top_p", "min_p")
+LEAST = dict(max_new_tokens=1, max_length=1, top_k=0, num_beams=1, num_return_sequences=1)
+NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty", "seed")
 KEYS = {"summarization": "summary_text", "translation": "translation_text"}
 IGNORED = {"min_length": 0, "min_new_tokens": None, "no_repeat_ngram_size": 0, "early_stopping": False,
            "typical_p": 1.0, "num_beam_groups": 1, "diversity_penalty": 0.0, "bad_words_ids": None,
@@ -35,6 +38,7 @@ class Author:
     folder: dict  # what generation_config.json, and config.json for this task, say
     limit: int | None  # tokens of a source that it was made for
     say: Callable
+    rows: int = ROWS  # prompts of a batch at most
 
     @property
     def model(self):
@@ -61,6 +65,17 @@ class Wish:
     stop_strings: str | Sequence[str] = ()  # what is written ends before any of them
     seed: int = 0
 
+    def __post_init__(self):
+        for name, least in LEAST.items():
+            if getattr(self, name) is not None:
+                whole(least=least, **{name: getattr(self, name)})
+        for name in NUMBERS:
+            number = getattr(self, name)
+            if number is not None and (isinstance(number, bool) or not isinstance(number, Real)):
+                raise ConfigError(f"{name}={number!r}: pass a number")
+        if wrong := [one for one in _words(self.stop_strings) if not isinstance(one, str)]:
+            raise ConfigError(f"stop_strings has {wrong[0]!r}: pass a string, or a list of them")
+
     def told(self, folder: dict) -> dict:
         """The names that say something, here or in the model's folder."""
         here, there = ({name: value for name, value in each.items() if value is not None and name in vars(self)}
@@ -74,6 +89,8 @@ def load(path, *, task: str, say=print) -> Author:
     """The model of a folder, of a run, or of a name in the local hub, for a task. What its folder asks for in vain is
     said."""
     speaker = speakers.load(hub.path(path), say=say)
+    drawn = min(speaker.tokenizer.vocab, speaker.model.cfg.vocab)  # as transformers: also what is no token of the file
+    speaker = replace(speaker, vocab=drawn)
     origin = getattr(speaker.model, "origin", None)
     config, generation, texts = (origin and read_json(Path(origin) / name) or {} for name in (
         "config.json", "generation_config.json", "tokenizer_config.json"))
@@ -90,7 +107,7 @@ def go_on(by: Author, inputs, *, return_full_text: bool = True, **wish):
     With `return_full_text` the prompt is a part of it. `wish` is a `Wish`.
     """
     single = isinstance(inputs, str) or _conversation(inputs)
-    prompts = [inputs] if single else list(inputs)
+    prompts = [inputs] if single else list(inputs) if isinstance(inputs, Iterable) else several(inputs, "prompt")[0]
     talks = [i for i, one in enumerate(prompts) if _conversation(one)]
     several([one for i, one in enumerate(prompts) if i not in talks], "prompt")
     template, told = by.speaker.template, Wish(**wish).told(by.folder)
@@ -134,24 +151,25 @@ def _written(by: Author, prompts: list, told: dict) -> list[list[str]]:
         raise ConfigError(f"num_return_sequences={count} of the likeliest alone: pass do_sample=True, or "
                           f"num_beams={count}")
     stop, found = _words(told["stop_strings"]), []
-    for at in range(0, len(prompts), ROWS):
-        some = prompts[at:at + ROWS]
+    for at in range(0, len(prompts), by.rows):
+        some = prompts[at:at + by.rows]
         length = _length(by, some, told)
         if beams > 1:
-            found += _searched(by.speaker, some, told, count=count, length=length, stop=stop)
+            found += _searched(by.speaker, some, told, count=count, length=length, stop=stop, say=by.say)
             continue
         used = {name: told[name] for name in DRAWS if name in told} if drawn else {"temperature": 0.0}
         sampler = Sampler(repetition_penalty=told.get("repetition_penalty", 1.0), **used)
         every = [one for one in some for _ in range(count)]
         seeds = [told["seed"] + at * count + i for i in range(len(every))]
-        written = text.answers(by.speaker, every, sampler, length=length, seed=seeds, stop=stop)
+        written = text.answers(by.speaker, every, sampler, length=length, seed=seeds, stop=stop, say=by.say)
         found += [[one.text for one in written[i:i + count]] for i in range(0, len(every), count)]
     return found
 
 
-def _searched(by: Speaker, prompts, told: dict, *, count: int, length: int, stop):
+def _searched(by: Speaker, prompts, told: dict, *, count: int, length: int, stop, say):
     """The `count` best texts that a search with beams finds."""
-    found = beam.search(by.model, text.prompted(by, prompts), beams=told["num_beams"], length=length, stop=by.stops,
+    batch = text.prompted(by, prompts, say=say)
+    found = beam.search(by.model, batch, beams=told["num_beams"], length=length, stop=by.stops,
                         length_penalty=told.get("length_penalty", 1.0), vocab=by.vocab)
     nothing = np.zeros((len(prompts), 0))
     ranks = [text.read(by, prompts, np.asarray(found.tokens_BWT[:, i]), np.asarray(found.lengths_BW[:, i]), nothing,
