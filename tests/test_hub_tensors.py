@@ -290,6 +290,7 @@ def test_names_from_before_are_understood(folder, tmp_path):
     (dict(causal=False), "causal=False: only attention, dropout, dtype, remat can be set"),
     (dict(dtpe="float32"), "nearest is 'dtype'"), (dict(dtype="flot32"), "dtype='flot32': choose one of float32"),
     (dict(weights="flot32"), "weights='flot32': choose one of float32"), (dict(dropout=1.5), "dropout=1.5: at least 0"),
+    (dict(dropout="x"), "dropout='x': at least 0"),
 ])
 def test_only_how_a_model_computes_can_be_set_where_it_is_loaded(settings, said, folder):
     with pytest.raises(ConfigError, match=said):

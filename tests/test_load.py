@@ -95,9 +95,16 @@ def test_a_tokenizer_without_special_tokens_writes_a_conversation_too(folder):
     assert plain.ids([{"role": "user", "content": "hi"}]) == encode(written).tolist()
 
 
+def test_a_chat_template_may_have_a_file_of_its_own(tmp_path):
+    place = speakers.published(tmp_path / "folder")
+    (place / "chat_template.json").write_text(json.dumps({"chat_template": "json"}))
+    assert load(place).template.written([]) == "json"
+    (place / "chat_template.jinja").write_text("jinja")
+    assert load(place).template.written([]) == "jinja"
+
+
 def test_a_chat_template_that_is_no_text_is_damage(tmp_path):
-    place = speakers.published(tmp_path / "folder", template=["x", 3])
-    load(place)
+    load(speakers.published(tmp_path / "folder", template=["x", 3]))
     with pytest.raises(DataError, match="a chat_template that is no text: 7"):
         load(speakers.published(tmp_path / "other", template=7))
 
@@ -142,7 +149,8 @@ def test_what_cannot_speak_says_why(run, folder, tmp_path):
         (folder / f"{name}.away").rename(folder / name)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json",
+                                  "chat_template.json"])
 def test_broken_json_in_a_folder_is_damage_and_no_traceback(name, tmp_path):
     place = speakers.published(tmp_path / "folder")
     (place / name).write_text("{")

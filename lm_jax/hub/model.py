@@ -191,14 +191,15 @@ def _check_settings(weights, settings):
     for key, value in (weights | settings).items():
         if key in choices and value not in choices[key]:
             raise ConfigError(f"{key}={value!r}: choose one of {', '.join(choices[key])}")
-    if not 0 <= settings.get("dropout", 0) < 1:
-        raise ConfigError(f"dropout={settings['dropout']}: at least 0 and below 1")
+    if not (isinstance(dropout := settings.get("dropout", 0), (int, float)) and 0 <= dropout < 1):
+        raise ConfigError(f"dropout={dropout!r}: at least 0 and below 1")
 
 
 def _check_blocks(hf, found, where, say):
     """Refuse numbers of 8 bits in other blocks than are read; say that others than those on disk will be kept."""
     if small := [name for name, tensor in found.items() if isinstance(tensor, Scaled)]:
-        block = (hf.get("quantization_config") or {}).get("weight_block_size") or [BLOCK, BLOCK]
+        told = hf.get("quantization_config")
+        block = isinstance(told, dict) and told.get("weight_block_size") or [BLOCK, BLOCK]
         if block != [BLOCK, BLOCK]:
             raise ConfigError(f"{where}: weight_block_size={block!r} in its config.json: only [{BLOCK}, {BLOCK}] can "
                               "be read; fetch the model in bfloat16")

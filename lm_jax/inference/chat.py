@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lm_jax.errors import ConfigError, DataError
+from lm_jax.hub.folder import read_json
 
 MARK = "\ue000"  # private use: put into what people write, where it spells a special token, until that is past
 
@@ -30,14 +31,16 @@ class Template:
 
     @classmethod
     def of_folder(cls, folder: Path, settings: dict, tokenizer) -> "Template":
-        """That of chat_template.jinja or tokenizer_config.json; where there is none a plain one in words."""
-        file, found = folder / "chat_template.jinja", settings.get("chat_template")
+        """That of chat_template.jinja, chat_template.json or tokenizer_config.json; where there is none a plain one in
+        words."""
+        file, key = folder / "chat_template.jinja", "chat_template"
+        found = read_json(folder / "chat_template.json").get(key, settings.get(key))
         if isinstance(found, list):
             named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
             found = named.get("default", next(iter(named.values()), None))
         found = file.read_text("utf-8") if file.is_file() else found
         if not isinstance(found, str | None):
-            raise DataError(f"{folder / 'tokenizer_config.json'} has a chat_template that is no text: {found!r}")
+            raise DataError(f"{folder} has a chat_template that is no text: {found!r}")
         words = {name: word["content"] if isinstance(word, dict) else word for name, word in settings.items()
                  if name.endswith("_token") and isinstance(word, (str, dict))}
         return cls(tokenizer, found or PLAIN, words, () if found else ("\nUser:",))
