@@ -56,6 +56,20 @@ def test_a_narrow_search_is_the_definition(model, logprobs, penalty):
         np.testing.assert_allclose(found.scores_BW[row], [score for score, _ in expected], atol=1e-4)
 
 
+@pytest.mark.parametrize("penalty", [0.0, 2.5])
+def test_an_early_end_and_a_least_length_are_their_definition(model, logprobs, penalty):
+    """Each alone and both; somewhere each changes what is found."""
+    plain, *others = ([by_definition(of_texts, 2, penalty, least, early) for of_texts in logprobs]
+                      for least, early in ((0, False), (3, False), (0, True), (2, True)))
+    assert others[0] != plain and (others[1] != plain or not penalty)
+    for (least, early), expected in zip(((3, False), (0, True), (2, True)), others):
+        found = beam.search(model, batch(PROMPTS), beams=2, length=LENGTH, stop=STOPS, length_penalty=penalty,
+                            least=least, early=early)
+        for row, best in enumerate(expected):
+            assert [written(found, row, beam) for beam in range(2)] == [text for _, text in best]
+            np.testing.assert_allclose(found.scores_BW[row], [score for score, _ in best], atol=1e-4)
+
+
 def test_scores_are_over_all_ids_also_where_few_may_be_drawn(model, logprobs):
     found = beam.search(model, batch(PROMPTS[:1]), beams=1, length=1, vocab=2)
     of_all = {text[0]: each[0] for text, each in logprobs[0].items()}
@@ -67,14 +81,17 @@ def test_a_search_without_beams_is_refused(model):
         beam.search(model, batch(PROMPTS), beams=0, length=2)
 
 
-def by_definition(of_texts, beams, penalty):
+def by_definition(of_texts, beams, penalty, least=0, early=False):
     """(score, text) of the best two, by lists and sorting."""
     alive, ended = [(0.0, ())], []
     for n in range(1, LENGTH + 1):
         grown = [(value, text) for _, prefix in alive for text, value in
                  {text[:n]: sum(each[:n]) for text, each in of_texts.items() if text[:n - 1] == prefix}.items()]
-        grown.sort(reverse=True)
-        ended += [(value / n**penalty, text) for value, text in grown if text[-1] in STOPS][:beams]
+        grown = sorted((one for one in grown if n > least or one[1][-1] not in STOPS), reverse=True)
+        able = grown[:beams] if early else grown
+        ended += [(value / n**penalty, text) for value, text in able if text[-1] in STOPS][:beams]
+        if early and len(ended) >= beams:
+            return sorted(ended, reverse=True)[:beams]
         alive = [(value, text) for value, text in grown if text[-1] not in STOPS][:beams]
     ended += [(value / LENGTH**penalty, text) for value, text in alive]
     return sorted(ended, reverse=True)[:beams]

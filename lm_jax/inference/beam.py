@@ -28,17 +28,28 @@ class Beams(NamedTuple):
 
 
 def search(model, batch: Batch, *, beams: int, length: int, stop=(), length_penalty: float = 1.0,
-           vocab: int = 0) -> Beams:
+           vocab: int = 0, least: int = 0, early: bool = False) -> Beams:
     """The `beams` best continuations of each row that a search of this width finds, of up to `length` tokens.
 
     `batch`, `stop` and `vocab` are as in `generate`. A `length_penalty` above 0 favours long continuations (1: the mean
     of a token decides), 0 compares sums. A search ends when nothing that goes on can reach what has ended, so that one
-    as wide as all continuations finds the best of them.
+    as wide as all continuations finds the best of them. No stop comes before `least` tokens. With `early` a row's
+    search ends as soon as `beams` texts have ended, each when it was among the best `beams`, as in transformers.
     """
     if beams < 1:
         raise ConfigError(f"beams={beams}: at least 1")
     _, stops_A = asked(model, batch, Sampler(0), length=length, stop=stop, vocab=vocab)
-    return _search(model, batch, stops_A, jnp.float32(length_penalty), beams=beams, length=length, vocab=vocab)
+    limits = _Limits(stops_A, jnp.float32(length_penalty), jnp.int32(least), jnp.bool_(early))
+    return _search(model, batch, limits, beams=beams, length=length, vocab=vocab)
+
+
+class _Limits(NamedTuple):
+    """What ends a text, and a search."""
+
+    stops_A: jax.Array
+    penalty: jax.Array
+    least: jax.Array
+    early: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -52,8 +63,8 @@ class _State:
 
 
 @partial(jax.jit, static_argnames=("beams", "length", "vocab"))
-def _search(model, batch, stops_A, penalty, *, beams, length, vocab):
-    model, B, W = ready(model), batch["tokens"].shape[0], beams
+def _search(model, batch, limits, *, beams, length, vocab):
+    model, B, W, penalty = ready(model), batch["tokens"].shape[0], beams, limits.penalty
     cache, last_B1D, end_B1 = prefill(model, batch, batch["tokens"].shape[1] + length - 1)
     wide = lambda a_B: _rows(a_B, jnp.repeat(jnp.arange(B), W))
     end_B1, cache = jax.tree.map(wide, end_B1), _reordered(cache, wide)
@@ -62,28 +73,31 @@ def _search(model, batch, stops_A, penalty, *, beams, length, vocab):
         """Whether something goes on that can still be among the best, all of its tokens to come being certain."""
         most = jnp.where(penalty > 0, length, state.written).astype(jnp.float32)
         hope_B = state.sums_BW.max(1) / most**penalty
-        return (state.written < length) & (hope_B > state.ended.scores_BW.min(1)).any()
+        return (state.written < length) & ((hope_B > state.ended.scores_BW.min(1)) & ~_over(state.ended, limits)).any()
 
     def write(state):
         newest_B1 = jax.lax.dynamic_index_in_dim(state.alive_BWT, state.written - 1, 2).reshape(B * W, 1)
         places = {"positions": end_B1["positions"] + state.written, "tokens": newest_B1}
         hidden_B1D, cache, _ = model.hidden(end_B1 | places, cache=state.cache)
-        return _grown(model, dataclasses.replace(state, cache=cache), hidden_B1D, stops_A, penalty, vocab)
+        return _grown(model, dataclasses.replace(state, cache=cache), hidden_B1D, limits, vocab)
 
     nothing = Beams(jnp.zeros((B, W, length), jnp.int32), jnp.zeros((B, W), jnp.int32), jnp.full((B, W), NEVER))
     sums_BW = jnp.broadcast_to(jnp.where(jnp.arange(W) == 0, 0.0, NEVER), (B, W))  # all beams start as one
     state = _State(jnp.int32(0), nothing.tokens_BWT, sums_BW, nothing, cache)
-    state = _grown(model, state, wide(last_B1D), stops_A, penalty, vocab)
+    state = _grown(model, state, wide(last_B1D), limits, vocab)
     state = jax.lax.while_loop(more, write, state)
     scores_BW = _scores(state.sums_BW, state.written, penalty)
+    scores_BW = jnp.where(_over(state.ended, limits)[:, None], NEVER, scores_BW)
     return _best(state.ended, Beams(state.alive_BWT, jnp.full((B, W), state.written), scores_BW))
 
 
-def _grown(model, state: _State, hidden_B1D, stops_A, penalty, vocab) -> _State:
+def _grown(model, state: _State, hidden_B1D, limits, vocab) -> _State:
     """The state with one more token everywhere: the best that stop join the ended, the best that do not go on."""
     B, W, _ = state.alive_BWT.shape
     logprobs_BV = words(jax.nn.log_softmax(words(model.logits(hidden_B1D)[:, 0])), vocab)
-    V = logprobs_BV.shape[1]
+    V, stops_A = logprobs_BV.shape[1], limits.stops_A
+    barred_V = (jnp.arange(V)[:, None] == stops_A).any(1) & (state.written < limits.least)
+    logprobs_BV = jnp.where(barred_V, NEVER, logprobs_BV)
     sums_BA = (state.sums_BW[..., None] + logprobs_BV.reshape(B, W, V)).reshape(B, W * V)
     enough = min(W * (1 + stops_A.shape[0]), W * V)  # so that W of them do not stop
     sums_BA, index_BA = jax.lax.top_k(sums_BA, enough)
@@ -98,11 +112,19 @@ def _grown(model, state: _State, hidden_B1D, stops_A, penalty, vocab) -> _State:
         newest_BW1 = jnp.take_along_axis(token_BA, at_BW, 1)[..., None]
         return jax.lax.dynamic_update_slice_in_dim(tokens_BWT, newest_BW1, state.written, 2), sums_BW, from_BW
 
-    tokens_BWT, sums_BW, _ = taken(jnp.where(stops_BA, sums_BA, NEVER))
-    ended = _best(state.ended, Beams(tokens_BWT, jnp.full((B, W), written), _scores(sums_BW, written, penalty)))
+    late_A = limits.early & (jnp.arange(enough) >= W)
+    open_BA = stops_BA & ~late_A & ~_over(state.ended, limits)[:, None]
+    tokens_BWT, sums_BW, _ = taken(jnp.where(open_BA, sums_BA, NEVER))
+    scores_BW = _scores(sums_BW, written, limits.penalty)
+    ended = _best(state.ended, Beams(tokens_BWT, jnp.full((B, W), written), scores_BW))
     alive_BWT, sums_BW, from_BW = taken(jnp.where(stops_BA, NEVER, sums_BA))
     rows = (jnp.arange(B)[:, None] * W + from_BW).reshape(-1)
     return _State(written, alive_BWT, sums_BW, ended, _reordered(state.cache, lambda a_B: _rows(a_B, rows)))
+
+
+def _over(ended: Beams, limits: _Limits):
+    """The rows whose search has found enough."""
+    return limits.early & (ended.scores_BW > NEVER / 2).all(1)
 
 
 def _scores(sums_BW, length, penalty):
