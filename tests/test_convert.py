@@ -148,6 +148,13 @@ def test_a_run_is_not_put_into_the_hub_nor_one_without_its_records_written(here)
     assert not (here / "out").exists()
 
 
+def test_a_broken_config_is_damage_and_no_traceback(here):
+    (here / "broken").mkdir()
+    (here / "broken/config.json").write_text("{")
+    with pytest.raises(DataError, match="config.json is no JSON"):
+        convert.main(["convert", "broken", "out"])
+
+
 @pytest.mark.parametrize("more, said", [
     (["--shard=-5"], "at most -5 bytes: at least 1"), (["--shard=0"], "at most 0 bytes"), ([], "a file has that name")])
 def test_where_nothing_can_be_written_it_is_said(more, said, folder, here):
