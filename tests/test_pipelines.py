@@ -140,6 +140,26 @@ def test_a_folder_says_how_its_model_writes(made, tmp_path):
     assert whole[0].keys() == cut[0].keys() == {"summary_text"}
 
 
+def test_a_folder_of_summaries_is_followed(made, tmp_path):
+    """As those of the published T5: at least so long, and ended early; with a penalty by one beam, which is said."""
+    folder, said = shutil.copytree(made("t5"), tmp_path / "t5"), []
+    def write(**asked):
+        told = {"decoder_start_token_id": 0, "eos_token_id": list(range(1, 57, 2)), "max_length": 12} | asked
+        (folder / "generation_config.json").write_text(json.dumps(told))
+        return lm_jax.pipeline("summarization", model=folder, say=said.append)
+    texts = [*TWO, TEXT]
+    for beams in (1, 4):
+        asked = {"num_beams": beams, "early_stopping": True, "length_penalty": 2.0}
+        short, long = write(**asked)(texts), write(**asked, min_length=7)(texts)
+        assert short != long and long == write(num_beams=beams)(
+            texts, min_new_tokens=6, early_stopping=True, length_penalty=2.0)
+    assert write(**asked)(texts) != write(**asked | {"early_stopping": False})(texts)
+    assert not [line for line in said if "not followed" in line]
+    punished = write(repetition_penalty=1.3, num_beams=4)
+    assert punished(texts) == punished(texts, num_beams=1)
+    assert any("repetition_penalty=1.3, which a search does not know: one beam" in line for line in said)
+
+
 def refused(message: str):
     return pytest.raises(ConfigError, match=message)
 

@@ -20,12 +20,12 @@ LENGTH = 256  # new tokens, where nobody says how many
 BEAMS = 4  # side by side in a search for what becomes of a text, where nobody says; as in transformers
 LENGTHS = ("max_new_tokens", "max_length")  # who says one of them says what the other should be
 DRAWS = ("temperature", "top_k", "top_p", "min_p")
-LEAST = dict(max_new_tokens=1, max_length=1, top_k=0, num_beams=1, num_return_sequences=1)
+LEAST = dict(max_new_tokens=1, max_length=1, min_new_tokens=0, min_length=0, top_k=0, num_beams=1,
+             num_return_sequences=1)
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty", "seed")
 KEYS = {"summarization": "summary_text", "translation": "translation_text"}
-IGNORED = {"min_length": 0, "min_new_tokens": None, "no_repeat_ngram_size": 0, "early_stopping": False,
-           "typical_p": 1.0, "num_beam_groups": 1, "diversity_penalty": 0.0, "bad_words_ids": None,
-           "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None,
+IGNORED = {"no_repeat_ngram_size": 0, "typical_p": 1.0, "num_beam_groups": 1, "diversity_penalty": 0.0,
+           "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None,
            "forced_eos_token_id": None, "encoder_no_repeat_ngram_size": 0}  # what asks for nothing, by name
 
 
@@ -49,10 +49,15 @@ class Author:
 class Wish:
     """How to write, in the words of transformers. None is what the model's folder says; where it says nothing, up to
     256 tokens: from a prompt the likeliest each time, of a text by a search with 4 beams. With `do_sample` prompt i
-    draws by the seed + i."""
+    draws by the seed + i.
+
+    Other than in transformers: a stop string is no part of the text, all tokens may be drawn where nobody says top_k
+    (there 50), and a search without `early_stopping` goes on until nothing better can come ("never")."""
 
     max_new_tokens: int | None = None
     max_length: int | None = None  # of a decoder counts the prompt, the longest of a batch
+    min_new_tokens: int | None = None  # before so many nothing ends
+    min_length: int | None = None  # the same, counting as max_length does
     do_sample: bool | None = None
     temperature: float | None = None
     top_k: int | None = None
@@ -61,6 +66,7 @@ class Wish:
     repetition_penalty: float | None = None
     num_beams: int | None = None
     length_penalty: float | None = None
+    early_stopping: bool | str | None = None  # True: a search ends when num_beams texts have ended
     num_return_sequences: int | None = None
     stop_strings: str | Sequence[str] = ()  # what is written ends before any of them
     seed: int = 0
@@ -73,6 +79,8 @@ class Wish:
             number = getattr(self, name)
             if number is not None and (isinstance(number, bool) or not isinstance(number, Real)):
                 raise ConfigError(f"{name}={number!r}: pass a number")
+        if self.early_stopping not in (None, True, False, "never"):
+            raise ConfigError(f"early_stopping={self.early_stopping!r}: pass True, False or 'never'")
         if wrong := [one for one in _words(self.stop_strings) if not isinstance(one, str)]:
             raise ConfigError(f"stop_strings has {wrong[0]!r}: pass a string, or a list of them")
 
@@ -110,7 +118,7 @@ def go_on(by: Author, inputs, *, return_full_text: bool = True, **wish):
     prompts = [inputs] if single else list(inputs) if isinstance(inputs, Iterable) else several(inputs, "prompt")[0]
     talks = [i for i, one in enumerate(prompts) if _conversation(one)]
     several([one for i, one in enumerate(prompts) if i not in talks], "prompt")
-    template, told = by.speaker.template, Wish(**wish).told(by.folder)
+    template, told = by.speaker.template, _told(by, Wish(**wish), beams=1)
     ids = [template.ids(one) if i in talks else one for i, one in enumerate(prompts)]
     told["stop_strings"] = (*_words(told["stop_strings"]), *(template.stops if talks else ()))
     found = [[{"generated_text": _joined(prompt, new) if return_full_text else new} for new in texts]
@@ -130,31 +138,48 @@ def rewrite(by: Author, inputs, *, prefix: str | None = None, truncation: bool =
         by.say("translation: between which languages? The task translation_en_to_de says it, or prefix=..")
     rows = _sources(by, [prefix + one for one in texts], truncation=truncation)
     key = KEYS.get(by.task.split("_")[0], "generated_text")
-    told = Wish(**wish).told(by.folder)
-    told.setdefault("num_beams", 1 if told.get("do_sample") else BEAMS)
+    told = _told(by, Wish(**wish), beams=BEAMS)
     found = [[{key: new} for new in texts] for texts in _written(by, rows, told)]
     alone = all(len(texts) == 1 for texts in found)
     return found[0] if single else [texts[0] for texts in found] if alone else found
 
 
+def _told(by: Author, wish: Wish, *, beams: int) -> dict:
+    """What a call and its model's folder ask for, with a search by so many beams where neither says."""
+    told = wish.told(by.folder)
+    told.setdefault("num_beams", 1 if told.get("do_sample") else beams)
+    punished = told.get("repetition_penalty", 1.0)
+    if punished != 1 and told["num_beams"] > 1 and wish.repetition_penalty is None and wish.num_beams is None:
+        by.say(f"the model's folder asks for repetition_penalty={punished}, which a search does not know: one beam")
+        told["num_beams"] = 1
+    return told
+
+
 def _written(by: Author, prompts: list, told: dict) -> list[list[str]]:
     """For each prompt so many texts."""
-    beams, count = told.get("num_beams", 1), told.get("num_return_sequences", 1)
+    beams, count = told["num_beams"], told.get("num_return_sequences", 1)
     drawn = told.get("do_sample", False)
     if drawn and beams > 1:
         raise ConfigError(f"do_sample=True with num_beams={beams}: a search draws nothing; pass do_sample=False "
                           "or num_beams=1")
-    if beams > 1 and told.get("repetition_penalty", 1.0) != 1:
+    punished = told.get("repetition_penalty", 1.0) != 1
+    if beams > 1 and punished:
         raise ConfigError(f"repetition_penalty={told['repetition_penalty']} with num_beams={beams}: a search knows no "
                           "penalties; pass num_beams=1")
     if count > (beams if not drawn else count):
         raise ConfigError(f"num_return_sequences={count} of the likeliest alone: pass do_sample=True, or "
                           f"num_beams={count}")
+    lasting = told.get("min_new_tokens", 0) or told.get("min_length", 0)
+    if lasting and (drawn or punished):
+        by.say(f"at least {lasting} tokens: not followed where tokens are drawn or repeated ones made rarer")
+    elif lasting and beams == 1:  # the likeliest each time is a search by one beam that ends with it
+        told = told | {"early_stopping": True}
+    searched = beams > 1 or lasting and not (drawn or punished)
     stop, found = _words(told["stop_strings"]), []
     for at in range(0, len(prompts), by.rows):
         some = prompts[at:at + by.rows]
         length = _length(by, some, told)
-        if beams > 1:
+        if searched:
             found += _searched(by.speaker, some, told, count=count, length=length, stop=stop, say=by.say)
             continue
         used = {name: told[name] for name in DRAWS if name in told} if drawn else {"temperature": 0.0}
@@ -169,8 +194,10 @@ def _written(by: Author, prompts: list, told: dict) -> list[list[str]]:
 def _searched(by: Speaker, prompts, told: dict, *, count: int, length: int, stop, say):
     """The `count` best texts that a search with beams finds."""
     batch = text.prompted(by, prompts, say=say)
+    least = told.get("min_new_tokens", max(0, told.get("min_length", 0) - _begun(by, prompts)))
     found = beam.search(by.model, batch, beams=told["num_beams"], length=length, stop=by.stops,
-                        length_penalty=told.get("length_penalty", 1.0), vocab=by.vocab)
+                        length_penalty=told.get("length_penalty", 1.0), vocab=by.vocab, least=least,
+                        early=told.get("early_stopping") is True)
     nothing = np.zeros((len(prompts), 0))
     ranks = [text.read(by, prompts, np.asarray(found.tokens_BWT[:, i]), np.asarray(found.lengths_BW[:, i]), nothing,
                        length=length, stop=stop) for i in range(count)]
@@ -181,14 +208,17 @@ def _length(by: Author, prompts, told: dict) -> int:
     """New tokens at most."""
     if "max_new_tokens" in told or "max_length" not in told:
         return told.get("max_new_tokens", LENGTH)
-    speaker = by.speaker
-    begun = 1 if speaker.model.cfg.encoder_depth else max(
-        len(speaker.before) + len(speaker.tokenizer.encode(one)) if isinstance(one, str) else len(one)
-        for one in prompts)
+    begun = _begun(by.speaker, prompts)
     if begun >= told["max_length"]:
         raise ConfigError(f"a prompt of {begun} tokens and max_length={told['max_length']}, which counts it: raise it, "
                           "or pass max_new_tokens")
     return told["max_length"] - begun
+
+
+def _begun(by: Speaker, prompts) -> int:
+    """Tokens of the longest prompt; an encoder-decoder's is one to start with."""
+    return 1 if by.model.cfg.encoder_depth else max(
+        len(by.before) + len(by.tokenizer.encode(one)) if isinstance(one, str) else len(one) for one in prompts)
 
 
 def _sources(by: Author, texts, *, truncation: bool) -> list:
