@@ -32,7 +32,8 @@ def get_config():
     c.train.update(steps=300, batch=8, eval_every=200, eval_rows=8, checkpoint_every=250)
     return c
 """
-TIMED = {"seconds", "tokens_per_second", "flops_per_second", "data_wait", "data_wait_fraction", "host_memory_peak"}
+TIMED = {"seconds", "goodput", "tokens_per_second", "flops_per_second", "data_wait", "data_wait_fraction",
+         "host_memory_peak"}
 ENCODER = ("--config.model.causal=False", "--config.model.positions=learned")
 BOTH = ("--config.model.encoder_depth=1", "--config.model.positions=relative")
 OBJECTIVES = {
