@@ -27,7 +27,7 @@ def ending():
     def stop(number, frame):
         raise Stopped("stopped by a signal; the same command goes on from what was saved")
 
-    with _handling((signal.SIGTERM, signal.SIGINT), stop):
+    with _handling((signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (), stop):
         yield
 
 
