@@ -23,7 +23,6 @@ from lm_jax.recipes import run
 from lm_jax.scaling import ladder, sweep, together
 from lm_jax.workdir import Workdir
 
-EXIT = {"ok": 0, "stopped": 75, "diverged": 78}
 FLAGS = {"out": "the sweep's folder", "points": "ids, with commas between",
          "stacked": f"most parameters of points that share a program; default {sweep.STACKED}"}
 
@@ -46,7 +45,7 @@ def main(argv):
     hosts.exchange("end", status)
     if failures and status != "stopped":
         raise failures[0]
-    return EXIT[status]
+    return run.EXIT[status]
 
 
 def batches(points, out: Path, stacked: float):

@@ -21,7 +21,6 @@ from lm_jax.errors import ConfigError
 from lm_jax.recipes import doctor, report, run
 from lm_jax.workdir import Workdir
 
-EXIT = {"ok": 0, "stopped": 75, "diverged": 78}
 START = "folder of a run to begin as: one that differs in its length alone, before either cools down (wsd)"
 
 
@@ -40,7 +39,7 @@ def main(argv):
     if workdir.writes:
         print(f"{sample}\n\n{report.closing(summary, workdir, argv)}".strip())
     hosts.exchange("end", summary["status"])  # JAX gives up whoever comes to an end long before the others
-    return EXIT[summary["status"]]
+    return run.EXIT[summary["status"]]
 
 
 def examined(argv) -> int:

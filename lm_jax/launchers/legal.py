@@ -13,7 +13,6 @@ from lm_jax.errors import ConfigError
 from lm_jax.launchers.job import Job
 
 STOPPED = 75  # exit code of a run that was stopped and has saved: the same command goes on
-HUNG = 76  # of a run that its own watchdog ended
 LATE = 124  # of `timeout`, when the time was up
 FINAL = (74, 77, 78, 79, LATE)  # of ends that the same command meets again: no room, damaged, diverged, too slow
 REFUSED = 2  # the config cannot run; also, of several processes, that the others did not come in time, which may pass

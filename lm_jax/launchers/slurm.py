@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import lm_jax.launchers.legal as legal  # `from lm_jax.launchers import` would be a circle
 import lm_jax.launchers.nodes as nodes
+from lm_jax.clock import HUNG
 from lm_jax.errors import ConfigError
 from lm_jax.launchers.job import Job
 from lm_jax.launchers.legal import Setting
@@ -73,7 +74,7 @@ def _script(jobs: Sequence[Job], given: dict) -> list[str]:
         f'srun --kill-on-bad-exit=0 --wait={legal.GRACE} "$@"  # the last to save has so long after the first',
         "code=$?",
         f'kill "$timer" 2>/dev/null || [ "$limit" -eq 0 ] || [ "$code" -ne {legal.STOPPED} ] || code={legal.LATE}',
-        f'if [ "$code" -eq {legal.STOPPED} ] || {{ [ "$code" -eq {legal.HUNG} ] '
+        f'if [ "$code" -eq {legal.STOPPED} ] || {{ [ "$code" -eq {HUNG} ] '
         f'&& [ "${{SLURM_RESTART_COUNT:-0}}" -lt {HANGS} ]; }}; then scontrol requeue {task}; fi',
         'exit "$code"',
     ]

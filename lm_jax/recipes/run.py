@@ -10,6 +10,8 @@ from lm_jax.data import store
 from lm_jax.recipes import pretrain, report
 from lm_jax.workdir import Workdir
 
+EXIT = {"ok": 0, "stopped": 75, "diverged": 78}  # codes of a program, by how its run ended
+
 
 def opened(c: Config, workdir: Workdir, clock: Clock, mark: str = "") -> pretrain.Pretraining:
     """Claim the folder and prepare the data; what cannot be is said before that."""

@@ -30,11 +30,10 @@ from lm_jax.workdir import Workdir
 
 STEPS = 32  # that a program makes at most
 PATIENT = 3.0  # seconds of steps at once: a signal waits for twice as long
-VARIED = ("seed", "optim.lr", "optim.weight_decay", "model.init_std")
 
 
 def alike(c: Config) -> Config:
-    """What stacked runs have in common: their config with `VARIED` at values of no meaning."""
+    """What stacked runs have in common: their config with what may vary at values of no meaning."""
     optimizer = replace(c.optim, lr=1.0, weight_decay=0.0)
     return replace(c, name="", seed=0, optim=optimizer, model=replace(c.model, init_std=0.0))
 
@@ -89,7 +88,7 @@ def _trainer(member: Member, evaluation, clock: Clock, *, quiet: bool) -> Traine
 
 
 class Stack:
-    """Trainers of equal configs but for `VARIED`, all after the same step, as one state; and the loader of each."""
+    """Trainers of configs that are `alike`, all after the same step, as one state; and the loader of each."""
 
     def __init__(self, runs: Sequence[Trainer], loaders: Sequence[Loader], clock: Clock):
         self.runs, self.loaders, self.clock = runs, loaders, clock
