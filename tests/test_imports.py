@@ -15,7 +15,7 @@ FILES = sorted((ROOT / "lm_jax").rglob("*.py"))
 LAYERS = (
     ("errors", "checks", "disk", "devices"),
     ("config", "lease"),
-    ("parallel", "batch", "seal", "workdir", "signals", "clock"),
+    ("parallel", "batch", "seal", "workdir", "signals", "clock", "fingerprint"),
     ("data", "models", "hosts"),
     ("losses", "surgery", "optim", "checkpoint", "log", "plots", "hub"),
     ("meter",),
