@@ -192,10 +192,11 @@ def _objective(m, d):
     if d.objective in ("span", "ul2") and not m.encoder_depth:
         yield f"data.objective={d.objective!r} wants an encoder and a decoder: model.encoder_depth > 0"
     if m.head in ("classes", "tags", "span", "none"):
-        yield f"model.head={m.head!r} with data.objective={d.objective!r}: pretraining wants 'lm', 'mlm' or 'bert'"
-    if (m.head == "bert") != (d.objective == "masked_pairs"):
-        yield (f"model.head={m.head!r} with data.objective={d.objective!r}: the 'bert' head and 'masked_pairs' go "
-               "together")
+        yield (f"model.head={m.head!r} with data.objective={d.objective!r}: pretraining wants 'lm', 'mlm' or "
+               "'mlm_pairs'")
+    if (m.head == "mlm_pairs") != (d.objective == "masked_pairs"):
+        yield (f"model.head={m.head!r} with data.objective={d.objective!r}: the 'mlm_pairs' head and 'masked_pairs' "
+               "go together")
     if d.objective == "masked_pairs" and m.types < 2:
         yield f"model.types={m.types} with data.objective='masked_pairs': sentence A and B need model.types=2"
     if d.objective != "masked_pairs" and m.types > 0:

@@ -96,7 +96,7 @@ class TransformerConfig:
     tied: bool = True  # the output table is the embedding table
     table_scale: str = "none"  # none | in: embeddings x sqrt(D) (Gemma) | out: hidden x 1/sqrt(D) before the head (T5)
     types: int = 0  # token-type embeddings (BERT: 2)
-    head: str = "lm"  # lm | mlm (dense, act, norm, tied, bias) | bert (mlm, pooler and next-sentence head), or of
+    head: str = "lm"  # lm | mlm (dense, act, norm, tied, bias) | mlm_pairs (mlm, pooler, next-sentence head), or of
     #                   fine-tuned models: classes of a row | tags of each token | span (question answering) | none
     labels: int = 0  # outputs of the heads that are not over the vocabulary; 0 is 2
     pooler: str = "none"  # none | tanh | relu: a layer over a row's first token, before its classes (BERT: tanh)
@@ -193,6 +193,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
+OVER_WORDS = ("lm", "mlm", "mlm_pairs")  # heads whose outputs are the vocabulary's
 CHOICES = {
     "model.norm": ("rms", "layer", "none"),
     "model.norm_place": ("pre", "post", "sandwich"),
@@ -201,7 +202,7 @@ CHOICES = {
     "model.positions": ("rope", "learned", "sinusoidal", "relative", "alibi", "none"),
     "model.rope.scaling": ("none", "linear", "ntk", "dynamic", "yarn", "llama3"),
     "model.table_scale": ("none", "in", "out"),
-    "model.head": ("lm", "mlm", "bert", "classes", "tags", "span", "none"),
+    "model.head": ("lm", "mlm", "mlm_pairs", "classes", "tags", "span", "none"),
     "model.pooler": ("none", "tanh", "relu"),
     "model.moe.score": ("softmax", "sigmoid"),
     "model.attention": ("auto", "xla", "cudnn", "splash", "ring"),

@@ -17,7 +17,7 @@ TINY = config.TransformerConfig(vocab=48, width=16, depth=2, heads=4, hidden=40,
 VARIANTS = {
     "llama": dict(kv_heads=2, head_size=6, tied=False),
     "gpt2": dict(norm="layer", bias="all", gated=False, positions="learned"),
-    "bert": dict(causal=False, norm="layer", bias="all", gated=False, positions="learned", types=2, head="bert"),
+    "bert": dict(causal=False, norm="layer", bias="all", gated=False, positions="learned", types=2, head="mlm_pairs"),
     "t5": dict(encoder_depth=3, gated=False, head_size=8, positions="relative"),
     "moe": dict(moe=config.MoEConfig(experts=4, top_k=2, shared=1), kv_heads=1),
     "deepseek": dict(moe=config.MoEConfig(experts=8, top_k=2, shared=1, hidden=24, pattern="DE", score="sigmoid",

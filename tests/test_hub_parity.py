@@ -17,6 +17,7 @@ from checkpoints import close, same_tensors  # noqa: E402
 from flax import nnx  # noqa: E402
 
 from lm_jax import hub  # noqa: E402
+from lm_jax.config import OVER_WORDS  # noqa: E402
 from lm_jax.hub import tensors  # noqa: E402
 from lm_jax.hub.model import _own_prefix  # noqa: E402
 from lm_jax.hub.families import of_type  # noqa: E402
@@ -95,7 +96,7 @@ def test_loss_and_gradients(pair):
     theirs.zero_grad()
     out = hf.outputs(theirs, torch.tensor([long]))
     draws = np.random.default_rng(2).standard_normal(out.shape).astype(np.float32)
-    words = ours.cfg.head in ("lm", "mlm", "bert")
+    words = ours.cfg.head in OVER_WORDS
     loss = (torch.nn.functional.cross_entropy(out[0], torch.tensor(long)) if words
             else (out * torch.tensor(draws)).sum())
     loss.backward()

@@ -38,7 +38,7 @@ ENCODER = ("--config.model.causal=False", "--config.model.positions=learned")
 BOTH = ("--config.model.encoder_depth=1", "--config.model.positions=relative")
 OBJECTIVES = {
     "prefix": (), "masked": (*ENCODER, "--config.model.head=mlm"),
-    "masked_pairs": (*ENCODER, "--config.model.head=bert", "--config.model.types=2"), "span": BOTH, "ul2": BOTH,
+    "masked_pairs": (*ENCODER, "--config.model.head=mlm_pairs", "--config.model.types=2"), "span": BOTH, "ul2": BOTH,
 }
 
 

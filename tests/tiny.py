@@ -15,7 +15,7 @@ SMALL = dict(vocab=64, width=32, depth=2, heads=4, hidden=64, dtype="float32", m
 FAMILIES = {
     "decoder": dict(),
     "encoder": dict(causal=False, norm="layer", norm_place="post", embed_norm=True, bias="all", activation="gelu",
-                    gated=False, positions="learned", types=2, head="bert"),
+                    gated=False, positions="learned", types=2, head="mlm_pairs"),
     "encoder_decoder": dict(encoder_depth=2, positions="relative", attention_scale=1.0, table_scale="out",
                             activation="relu", gated=False),
     "experts": dict(moe=MoEConfig(experts=4, top_k=2, shared=1)),

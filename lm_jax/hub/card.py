@@ -6,7 +6,7 @@ import lm_jax.hub.store as store
 from lm_jax.errors import DataError
 from lm_jax.hub.folder import read_json
 
-TASKS = {"lm": "text-generation", "mlm": "fill-mask", "bert": "fill-mask", "classes": "text-classification",
+TASKS = {"lm": "text-generation", "mlm": "fill-mask", "mlm_pairs": "fill-mask", "classes": "text-classification",
          "tags": "token-classification", "span": "question-answering", "none": "feature-extraction"}
 
 

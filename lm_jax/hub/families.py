@@ -12,7 +12,7 @@ import lm_jax.hub.names as names
 import lm_jax.hub.ropes as ropes
 import lm_jax.hub.settings as say
 from lm_jax import checks
-from lm_jax.config import TransformerConfig
+from lm_jax.config import OVER_WORDS, TransformerConfig
 from lm_jax.errors import ConfigError
 from lm_jax.hub.settings import Piece, always, fixed, keys
 from lm_jax.hub.settled import build, settled
@@ -46,7 +46,7 @@ class Family:
             found |= self.seen(tensors, head)
             if head in self.labels:
                 found["labels"] = len(hf.get("id2label") or ()) or hf.get("num_labels") or 2
-            if head not in say.OVER_WORDS:
+            if head not in OVER_WORDS:
                 found["tied"] = True
             cfg = build(found)
             problems = list(checks.model(cfg))
@@ -176,7 +176,7 @@ _all = (
         fixed(scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)),
         lambda cfg: names.GPT2, prefix="transformer.", inputs_first=True,
         passed_over=(r"h\.\d+\.attn\.(masked_)?bias$",), labels=SCORES | {"tags": "classifier"}),
-    Family("bert", _classes("Bert", lm="", mlm="ForMaskedLM", bert="ForPreTraining"), (
+    Family("bert", _classes("Bert", lm="", mlm="ForMaskedLM", mlm_pairs="ForPreTraining"), (
         *BERT, keys(**BERT_SIZES), say.token_types(), say.activation("hidden_act", "gelu"), say.tied(True),
         say.dropout("hidden_dropout_prob", "attention_probs_dropout_prob"),
         fixed(is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")),

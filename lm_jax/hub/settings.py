@@ -234,9 +234,6 @@ def period(letters: str) -> str:
     return next((pattern for pattern in patterns if repeated(pattern, len(letters)) == letters), letters)
 
 
-OVER_WORDS = ("lm", "mlm", "bert")  # heads whose outputs are the vocabulary's
-
-
 def _used(cfg, setting):
     """A setting as the model uses it, where 0 stands for what follows from others."""
     sizes = {"kv_heads": "K", "head_size": "H", "hidden": "F", "value_size": "O"}

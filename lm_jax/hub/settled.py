@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from lm_jax.checks import value
-from lm_jax.config import MoEConfig, RopeConfig, TransformerConfig
-from lm_jax.hub.settings import OVER_WORDS, period
+from lm_jax.config import OVER_WORDS, MoEConfig, RopeConfig, TransformerConfig
+from lm_jax.hub.settings import period
 from lm_jax.models.stack import dense_or_experts, repeated
 
 HOW = ("attention", "dropout", "dtype", "remat")  # settings of how a model computes, which say nothing of what it is

@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from lm_jax.config import TransformerConfig
+from lm_jax.config import OVER_WORDS, TransformerConfig
 from lm_jax.models.layers import Kind
 from lm_jax.models.transformer import Transformer
 
@@ -90,7 +90,7 @@ def tokens_met(weight: Weight, cfg: TransformerConfig, tokens: int, source: int)
     """How many tokens of a row meet a weight."""
     path = weight.path
     if path[0] == "embed":  # read backwards as the output table, or only looked up
-        return tokens if cfg.tied and cfg.head in ("lm", "mlm", "bert") else 0
+        return tokens if cfg.tied and cfg.head in OVER_WORDS else 0
     if not weight.kind.fan_in:
         return 0
     if path[0] in ("pooler", "pool") or (path[0] == "classifier" and cfg.head == "classes"):

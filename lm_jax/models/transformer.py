@@ -8,7 +8,7 @@ from flax import nnx
 
 from lm_jax import parallel
 from lm_jax.batch import Batch
-from lm_jax.config import TransformerConfig
+from lm_jax.config import OVER_WORDS, TransformerConfig
 from lm_jax.models import heads, positions
 from lm_jax.models.layers import Einsum, Embed, Norm, dropout, matmul, width_ratio
 from lm_jax.models.layouts import Layout
@@ -27,10 +27,10 @@ class Transformer(nnx.Module):
         stack = partial(Stack, cfg, rngs=rngs)
         self.encoder = stack(depth=cfg.encoder_depth, causal=False, cross=False) if cfg.encoder_depth else None
         self.decoder = stack(depth=cfg.depth, causal=cfg.causal, cross=cfg.encoder_depth > 0)
-        over_words = cfg.head in ("lm", "mlm", "bert")
-        self.unembed = None if cfg.tied or not over_words else Einsum("BTD,DV->BTV", cfg, rngs=rngs, role="head")
-        self.transform = heads.MaskedHead(cfg, rngs=rngs) if cfg.head in ("mlm", "bert") else None
-        self.pooler = heads.Pooler(cfg, rngs=rngs) if cfg.head == "bert" else None
+        own_table = cfg.head in OVER_WORDS and not cfg.tied
+        self.unembed = Einsum("BTD,DV->BTV", cfg, rngs=rngs, role="head") if own_table else None
+        self.transform = heads.MaskedHead(cfg, rngs=rngs) if cfg.head in ("mlm", "mlm_pairs") else None
+        self.pooler = heads.Pooler(cfg, rngs=rngs) if cfg.head == "mlm_pairs" else None
         self.pool = heads.Pool(cfg, rngs=rngs) if cfg.pooler != "none" else None
         self.classifier = heads.Classifier(cfg, rngs=rngs) if cfg.head in ("classes", "tags", "span") else None
 

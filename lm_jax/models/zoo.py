@@ -97,7 +97,7 @@ def _gemma2(depth, width, heads, kv_heads, hidden):  # Riviere et al. 2024
                 logit_softcap=30.0, window=4096, window_pattern="SF", table_scale="in", max_length=8192)
 
 
-def _bert(depth, width, heads, *, types=2, head="bert"):  # Devlin et al. 2019; Sanh et al. 2019
+def _bert(depth, width, heads, *, types=2, head="mlm_pairs"):  # Devlin et al. 2019; Sanh et al. 2019
     return dict(vocab=30522, depth=depth, width=width, heads=heads, hidden=4 * width, causal=False, norm="layer",
                 norm_place="post", norm_eps=1e-12, embed_norm=True, bias="all", activation="gelu", gated=False,
                 positions="learned", max_length=512, types=types, head=head, dropout=0.1, init_std=0.02)

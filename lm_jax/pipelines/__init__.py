@@ -77,7 +77,7 @@ TASKS = {
     "text-classification": Task(labels.classify, ("classes",)),
     "token-classification": Task(tags.tag, ("tags",)),
     "question-answering": Task(answers.answer, ("span",)),
-    "fill-mask": Task(words.fill, ("mlm", "bert")),
+    "fill-mask": Task(words.fill, ("mlm", "mlm_pairs")),
     "feature-extraction": Task(words.features),
     "zero-shot-classification": Task(labels.zero_shot, ("classes",)),
 }
@@ -86,7 +86,7 @@ HEADS = {
     "writes": "a decoder with a head over its vocabulary", "rewrites": "an encoder and a decoder",
     "classes": "a head of labels of a text", "tags": "a head of labels of tokens",
     "span": "a head of beginnings and ends of answers", "mlm": "a head that fills in masks",
-    "bert": "a head that fills in masks and compares sentences", "none": "no head",
+    "mlm_pairs": "a head that fills in masks and compares sentences", "none": "no head",
 }
 
 

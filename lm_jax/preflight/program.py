@@ -65,7 +65,7 @@ def batch(config: Config) -> dict:
     whole = rows(tokens, "tokens", "targets", "weights", "positions", "segments")
     if config.data.objective == "prefix":
         whole |= rows(tokens, "order")
-    if config.model.head == "bert":
+    if config.model.head == "mlm_pairs":
         whole |= rows(tokens, "types", "pair_targets", "pair_weights")
     if source:
         whole["source"] = rows(source, "tokens", "positions", "segments")
