@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 
-from lm_jax import disk, seal
+from lm_jax import disk, faults, seal
 from lm_jax.errors import ConfigError, Failure
 
 NONE, BAD = -1, -2  # what process 0 tells the others in place of a step
@@ -72,6 +72,7 @@ class Checkpoints:
                 self._sweep()
                 part.mkdir(parents=True)
             checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+            faults.reach("save/begin")
             checkpointer.save(part / "arrays", args=ocp.args.PyTreeSave(_nested(leaves)))
         except Exception as e:
             self._fail(step, part, e)
@@ -126,10 +127,13 @@ class Checkpoints:
     def _finish(self, step, part, body, checkpointer):
         """The background's share: the rest of the arrays, the manifest, the rename, the oldest one's end."""
         try:
+            faults.reach("save/arrays")
             checkpointer.wait_until_finished()  # of all processes
             checkpointer.close()
             if jax.process_index() == 0:
+                faults.reach("save/manifest")
                 seal.write(part, body)
+                faults.reach("save/rename")
                 part.rename(self.folder / str(step))
                 disk.sync(self.folder)
                 for old in [at for at in self.steps() if at != self._spare][:-self._keep]:
@@ -195,7 +199,9 @@ class Checkpoints:
 
     def _remove(self, path):
         """Delete a checkpoint, which under its own name is whole until it is gone."""
-        shutil.rmtree(path.rename(path.with_name(f"deleting-{path.name}")))
+        aside = path.rename(path.with_name(f"deleting-{path.name}"))
+        faults.reach("save/collect")
+        shutil.rmtree(aside)
 
     def _numbered(self) -> list[Path]:
         if not self.folder.is_dir():

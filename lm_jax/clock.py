@@ -18,7 +18,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from lm_jax import disk
+from lm_jax import disk, faults
 
 HUNG = 76  # exit code
 LEAST, TIMES = 60.0, 10.0  # seconds that a step may take at least, or so many times the median step
@@ -58,6 +58,8 @@ class Clock:
         """Within it time is `name`'s, whatever phase it lies in."""
         self._turn(lambda: self._phases.append(name))
         try:
+            if name != "step":  # which is told by its number
+                faults.reach(name)
             yield
         finally:
             self._turn(self._phases.pop)

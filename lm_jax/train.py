@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from lm_jax import config, errors, hosts, parallel, signals
+from lm_jax import config, errors, faults, hosts, parallel, signals
 from lm_jax.clock import Clock, age
 from lm_jax.errors import ConfigError
 from lm_jax.recipes import doctor, report, run
@@ -28,6 +28,7 @@ def main(argv):
     if any(argument.startswith("--doctor") for argument in argv):
         return examined(argv)
     c, values = config.parse(argv, doc=__doc__, start=START, **hosts.FLAGS)
+    faults.planned()  # what is wrong with them is said before anything is done
     hosts.start(values.coordinator, values.processes, values.process)
     shared = replace(c, data=replace(c.data, root=""))  # each machine may have a folder of its own
     hosts.same(config=config.digest(config.to_dict(shared)))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from lm_jax import checkpoint, hosts, log, optim, parallel, signals
+from lm_jax import checkpoint, faults, hosts, log, optim, parallel, signals
 from lm_jax.batch import Batch, Loss, Mean
 from lm_jax.clock import Clock
 from lm_jax.config import Config, ConfigError, difference, from_dict, to_dict
@@ -97,6 +97,7 @@ def make_step(loss: Loss, tx, rate, *, trainable=nnx.Param, microbatches: int = 
         gradient = partial(jax.grad(scored, has_aux=True), params, state.model)
         grads, metrics = _summed(gradient, batch, key, microbatches)
         grads = jax.tree.map(lambda g: g / metrics["objective"].weight, grads)
+        grads = faults.poisoned(grads, state.step + 1)
         updates, opt = tx.update(grads, state.opt, params, loss=metrics["loss"].value)
         params = optax.apply_updates(params, updates)
         norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates),
@@ -214,11 +215,13 @@ class Trainer:
         with signals.caught() as stop, self.clock.phase("step"), self.recipe.batches(self.done) as batches, \
                 Profile(c.profile, self.workdir) as profile:
             while self.done < c.steps and status == "ok":
+                faults.reach("step", self.done + 1)
                 profile.before(self.done + 1)
                 batch = hosts.put_batch(self.meter.waited(batches), c.batch)
                 with self.clock.phase("step" if self.meter.compile_seconds else "compile"):
                     self.state, metrics = self.step(self.state, batch, jax.random.fold_in(key, self.done))
                 self.done += 1
+                self.state = faults.struck(self.state, self.done)
                 self.meter.sent(self.done, metrics)
                 self.checkpoints.poll()
                 profile.after(self.done, self.state)

@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "lm_jax").rglob("*.py"))
 # From the bottom up. A module may import what is below it and the rest of its own package.
 LAYERS = (
     ("errors", "checks", "disk", "devices"),
-    ("config", "lease"),
+    ("config", "lease", "faults"),
     ("parallel", "batch", "seal", "workdir", "signals", "clock", "fingerprint"),
     ("data", "models", "hosts"),
     ("losses", "surgery", "optim", "checkpoint", "log", "plots", "hub"),

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import optim, signals, trainer
+from lm_jax import faults, optim, signals, trainer
 from lm_jax.clock import Clock
 from lm_jax.config import Config
 from lm_jax.data.loader import Loader
@@ -123,6 +123,8 @@ class Stack:
         due = lambda step: [hook for hook in self.runs[0].hooks if hook.due(step, self.last)]
         ends = range(self.done + 1, self.done + self.most + 1)
         count = next((end for end in ends if due(end)), ends[-1]) - self.done
+        for step in range(self.done + 1, self.done + count + 1):
+            faults.reach("step", step)
         begun = time.perf_counter()
         size = self.loaders[0].batch_size
         rows = np.arange(self.done * size, (self.done + count) * size)
