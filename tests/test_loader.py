@@ -11,6 +11,7 @@ from lm_jax.data import mixture
 from lm_jax.data.examples import OBJECTIVES
 from lm_jax.data.loader import Loader, validation
 from lm_jax.data.store import prepare
+from lm_jax.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -199,11 +200,11 @@ def test_closing_a_stream_leaves_no_thread(data):
             next(stream)
 
 
-def test_an_error_in_the_background_reaches_the_consumer(data):
-    train = loader(data)
-    rows = train._sources[0]
-    rows._paths, rows._shards = [path.with_name("gone.npy") for path in rows._paths], [None] * len(rows._paths)
-    with train.stream(0) as stream, pytest.raises(FileNotFoundError, match="gone.npy"):
+def test_an_error_in_the_background_reaches_the_consumer(data, tmp_path):
+    data = with_(data, root=str(tmp_path))
+    train, store = loader(data), prepare(data, say=lambda line: None)
+    (store.path / store.names["tokens"] / "tokens-big-train-00000.npy").unlink()
+    with train.stream(0) as stream, pytest.raises(DataError, match="tokens-big-train-00000.npy cannot be read"):
         next(stream)
     assert not threads()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 
 from lm_jax import config
 from lm_jax.config import ConfigError, DataConfig
+from lm_jax.data import build, shards
 from lm_jax.data.store import prepare, tags
+from lm_jax.errors import DataError
 
 WORDS = "the model reads a page and then another page of plain words about nothing in particular".split()
 
@@ -136,7 +139,7 @@ def test_a_crash_costs_the_unfinished_stage_only(corpus, lost):
     elif lost == "entry":  # renamed, but the manifest was not written
         saved = json.loads(manifest.read_text())
         del saved["stages"][whole.names["packs"]]
-        manifest.write_text(json.dumps(saved))
+        build.write_manifest(whole.path, saved)
         (whole.path / whole.names["packs"] / "stray.npy").write_bytes(b"half")
     (whole.path / ".building-tokens-x").mkdir()
     (whole.path / ".building-tokens-x" / "tokens.npy").write_bytes(b"half")
@@ -182,14 +185,86 @@ def test_a_shard_that_is_not_the_manifests_is_refused(corpus):
     store = prepare(settings(corpus), say=quiet)
     shard = next((store.path / store.names["tokens"]).glob("tokens-*train*"))
     whole = shard.read_bytes()
-    shard.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1, whole[-1]]))
-    with pytest.raises(ConfigError, match=f"{shard.name} is not what its manifest says: delete"):
+    flip(shard, len(whole) - 2)
+    with pytest.raises(DataError, match=f"{shard.name} is not what its manifest says: its SHA-256 is .* delete"):
         prepare(settings(corpus), say=quiet).verify()
     shard.write_bytes(whole[:-2])
-    with pytest.raises(ConfigError, match="is not what its manifest says"):  # a size is compared at each opening
+    with pytest.raises(DataError, match="is not what its manifest says: it has"):  # a size is compared at each opening
+        prepare(settings(corpus), say=quiet)
+    shard.unlink()
+    with pytest.raises(DataError, match=f"{shard.name} is missing"):
         prepare(settings(corpus), say=quiet)
     (store.path / "manifest.json").unlink()  # the cure that the message names
-    prepare(settings(corpus), say=quiet).verify()
+    again = prepare(settings(corpus), say=quiet)
+    again.verify()
+    assert again.digest == store.digest and shard.read_bytes() == whole
+
+
+def flip(path, at, bit=0):
+    """Invert a bit of a file."""
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+def test_no_flipped_bit_of_a_store_is_read_in_silence(corpus, rng, monkeypatch):
+    """Of all that training and evaluation read: each file is hit, most of them often."""
+    monkeypatch.setattr(shards, "BLOCK", 512)  # so that there are many
+    whole = prepare(settings(corpus), say=quiet)
+    expected = everything(whole)
+    files = sorted(path for path in whole.path.rglob("*") if path.is_file() and path.suffix in (".npy", ".json"))
+    files += sorted((whole.path / "docs").glob("*validation*"))  # the others only a build reads
+    files = [path for path in files if not path.name.startswith("offsets-")]  # as these
+    assert len(files) >= 10
+    for trial in range(120):
+        path = files[trial % len(files)]
+        at, bit = int(rng.integers(path.stat().st_size)), int(rng.integers(8))
+        flip(path, at, bit)
+        with pytest.raises(DataError, match=f"{path.name} is not what"):
+            if everything(prepare(settings(corpus), say=quiet)) == expected:
+                raise AssertionError(f"bit {bit} of byte {at} of {path} was not seen")
+        flip(path, at, bit)
+    assert everything(prepare(settings(corpus), say=quiet)) == expected
+
+
+def everything(store):
+    """All that is ever read of a store: rows, held-out texts, what the tokenizer makes of a text, counts."""
+    rows = [store.rows(split, tag) for split in ("train", "validation") for tag in store.tags]
+    texts = [text for tag in store.tags for text in store.held_out(tag)]
+    pieces = [[piece.tolist() for i in range(len(part)) for piece in part[i]] for part in rows]
+    return pieces, texts, [ids.tolist() for ids in store.tokenizer.encode_batch(texts)], store.manifest["splits"]
+
+
+def test_a_damaged_block_is_named_when_its_first_row_is_read_and_not_before(corpus, monkeypatch):
+    monkeypatch.setattr(shards, "BLOCK", 512)
+    store = prepare(settings(corpus), say=quiet)
+    shard = next((store.path / store.names["tokens"]).glob("tokens-*train*"))
+    flip(shard, 5 * 512 + 7)
+    rows = prepare(settings(corpus), say=quiet).rows("train", "corpus")
+    read, error = 0, None
+    for i in range(len(rows)):
+        try:
+            read += bool(rows[i])
+        except DataError as e:
+            error = error or str(e)
+    assert f"{shard} is not what its manifest says: of bytes 2,560 to 3,072 the SHA-256 is " in error
+    assert f"delete {store.path / 'manifest.json'}" in error and len(re.findall("[0-9a-f]{64}", error)) == 2
+    each = 2 * 32  # bytes of a row
+    assert 0 < len(rows) - read <= 512 / each + 2, "other blocks are as good as before"
+    assert rows[0] and len(store.rows("train", "corpus")[0][0]), "a process reads a block's proof once"
+
+
+def test_documents_that_were_damaged_are_not_made_into_tokens(corpus):
+    store = prepare(settings(corpus), say=quiet)
+    flip(next((store.path / "docs").glob("*train*")), 300)
+    for changed in ({"tokenizer": "bpe", "vocab": 420}, {"tokenizer": "unigram", "vocab": 300}):
+        with pytest.raises(DataError, match="part-corpus-train-00000.parquet is not what its manifest says"):
+            prepare(settings(corpus, **changed), say=quiet)
+    flip(next((store.path / store.names["tokens"]).glob("offsets-*train*")), 300)
+    with pytest.raises(DataError, match="offsets-corpus-train-00000.npy is not what its manifest says"):
+        prepare(settings(corpus, length=16), say=quiet)
 
 
 def test_no_text_is_an_error(corpus):

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 import lm_jax
-from lm_jax import disk
-from lm_jax.data import documents, examples, pack
+from lm_jax import config, disk
+from lm_jax.data import documents, examples, pack, shards
 from lm_jax.data import tokenizer as tokenizers
 from lm_jax.data.documents import SPLITS
+from lm_jax.data.shards import NpyWriter, proven
 
 SAMPLED = 32  # parts of each source that a tokenizer is trained on, evenly spread: 2 GB, of which it takes a sample
 
@@ -30,11 +31,11 @@ def build(store: Path, manifest: dict, data, say) -> dict[str, str]:
         return _ensure(store, manifest, name, write, say)
 
     docs = stage("docs", lambda folder: documents.write(folder, data, manifest["sources"], say))
-    stage(tokenizer_name(data), lambda folder: _tokenizer(folder, store / "docs", data, docs))
+    trained = stage(tokenizer_name(data), lambda folder: _tokenizer(folder, store / "docs", data, docs))
     names = stage_names(data, manifest)
-    encoder = tokenizers.load(str(store / names["tokenizer"]))
-    shards = stage(names["tokens"], lambda folder: _tokens(folder, store / "docs", encoder, docs, say))
-    stage(names["packs"], lambda folder: _packs(folder, store / names["tokens"], data, shards))
+    encoder = tokenizer(store / names["tokenizer"], trained)
+    tokens = stage(names["tokens"], lambda folder: _tokens(folder, store / "docs", encoder, docs, say))
+    stage(names["packs"], lambda folder: _packs(folder, store / names["tokens"], data, tokens))
     return names
 
 
@@ -47,6 +48,13 @@ def stage_names(data, manifest: dict) -> dict[str, str] | None:
     overlap = examples.OBJECTIVES[data.objective].overlap
     return {"docs": "docs", "tokenizer": tokenizer, "tokens": f"tokens/{digest}",
             "packs": f"packs/{digest}/{examples.window(data)}+{overlap}-{data.strategy}"}
+
+
+def tokenizer(folder: Path, record: dict) -> tokenizers.Tokenizer:
+    """The tokenizer that a stage has written."""
+    for name, file in record["files"].items():
+        proven(folder / name, file)
+    return tokenizers.load(str(folder))
 
 
 def tokenizer_name(data) -> str:
@@ -78,10 +86,16 @@ def _ensure(store, manifest, name, write, say):
     record |= {"seconds": round(time.monotonic() - began, 3), "code": _versions()}
     manifest["stages"][name] = record
     disk.replace(store / "card.md", [card(manifest)])
-    disk.replace(store / "manifest.json", [json.dumps(manifest, indent=1)])
+    write_manifest(store, manifest)
     size = sum(file["bytes"] for file in record["files"].values()) / 1e6
     say(f"{name}: {len(record['files'])} files, {size:,.1f} MB, {record['seconds']:.1f} s")
     return record
+
+
+def write_manifest(store: Path, manifest: dict):
+    """Put the manifest in place, with a digest of its own: by it all else is judged."""
+    body = {key: value for key, value in manifest.items() if key != "digest"}
+    disk.replace(store / "manifest.json", [json.dumps(body | {"digest": config.digest(body)}, indent=1)])
 
 
 def _finish(hidden, final, files):
@@ -100,7 +114,7 @@ def _tokenizer(folder, docs, data, record):
     paths = []
     for tag in record["splits"]["train"]:
         names = [name for name, file in record["files"].items() if (file["tag"], file["split"]) == (tag, "train")]
-        paths += [docs / name for name in names[:: -(-len(names) // SAMPLED)]]
+        paths += [proven(docs / name, record["files"][name]) for name in names[:: -(-len(names) // SAMPLED)]]
     made = tokenizers.make(data.tokenizer, documents.texts(paths), vocab=data.vocab)
     made.save(str(folder))
     return {"files": {}, "digest": made.digest, "vocab": made.vocab}
@@ -117,7 +131,7 @@ def _tokens(folder, docs, encoder, record, say):
         key = {name: file[name] for name in ("tag", "split", "number")}
         shard, sizes = shard_name(**key), []
         with NpyWriter(folder / f"tokens-{shard}", dtype) as out:
-            for group in documents.groups(docs / part):
+            for group in documents.groups(proven(docs / part, file)):
                 encoded = encoder.encode_batch(group)
                 sizes += [len(ids) + 2 for ids in encoded]
                 out.write(np.concatenate([span for ids in encoded for span in ([encoder.bos], ids, [encoder.eos])]))
@@ -125,18 +139,20 @@ def _tokens(folder, docs, encoder, record, say):
             offsets.write(np.append(0, np.cumsum(sizes)))
         files[f"tokens-{shard}"] = key | {"docs": len(sizes), "tokens": out.length}
         predicted[file["split"]][file["tag"]] += out.length - len(sizes)  # all but bos
+    shards.seal(folder)
     return {"files": files, "splits": {split: {tag: {"tokens": n} for tag, n in tags.items()}
                                        for split, tags in predicted.items()}}
 
 
-def _packs(folder, shards, data, record):
+def _packs(folder, tokens, data, record):
     """Which windows of which shard make a row: segments [shard, start, length] and where each row's segments begin."""
     window, overlap = examples.window(data), examples.OBJECTIVES[data.objective].overlap
     splits = {split: {} for split in SPLITS}
     for split in SPLITS:
         for tag, counts in record["splits"][split].items():
             files = shard_files(record, split, tag)
-            offsets = (np.load(shards / f"offsets-{shard_name(tag, split, file['number'])}") for file in files)
+            names = [f"offsets-{shard_name(tag, split, file['number'])}" for file in files]
+            offsets = (np.load(proven(tokens / name, record["files"][name])) for name in names)
             with (NpyWriter(folder / f"segments-{tag}-{split}.npy", np.int32, (3,)) as segments,
                   NpyWriter(folder / f"rows-{tag}-{split}.npy", np.int64) as starts):
                 for packed in pack.pack(offsets, window=window, overlap=overlap, strategy=data.strategy):
@@ -146,33 +162,8 @@ def _packs(folder, shards, data, record):
                 starts.write([segments.length])
             positions = counts["tokens"] + (1 - overlap) * sum(file["docs"] for file in files)
             splits[split][tag] = {"rows": rows, "utilisation": round(pack.utilisation(positions, rows, window), 6)}
+    shards.seal(folder)
     return {"files": {}, "splits": splits}
-
-
-class NpyWriter:
-    """Append arrays to a .npy file whose length is known only at the end; numpy's padded headers allow it."""
-
-    def __init__(self, path: Path, dtype, shape: tuple = ()):
-        self.path, self.dtype, self.shape, self.length = path, np.dtype(dtype), shape, 0
-
-    def __enter__(self):
-        self._file = open(self.path, "wb")
-        self._header()
-        return self
-
-    def write(self, array):
-        self._file.write(np.ascontiguousarray(array, self.dtype).data)
-        self.length += len(array)
-
-    def __exit__(self, *error):
-        with self._file:
-            if error[0] is None:
-                self._file.seek(0)
-                self._header()
-
-    def _header(self):
-        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length, *self.shape)}
-        np.lib.format.write_array_header_1_0(self._file, header)
 
 
 def shard_name(tag, split, number):

@@ -4,8 +4,8 @@
         docs/part-<source>-<split>-*.parquet                  id source text lang meta
         dropped/<stage>/part-<source>-*.parquet               id reason value threshold; kept and dropped are the input
         tokenizer/<kind>-<size>/                              trained on the training split
-        tokens/<tokenizer>/tokens-*.npy offsets-*.npy         a shard a part, uint16 or uint32
-        packs/<tokenizer>/<window>+<overlap>-<strategy>/      rows-*.npy segments-*.npy
+        tokens/<tokenizer>/tokens-*.npy offsets-*.npy         a shard a part, uint16 or uint32; blocks.npy
+        packs/<tokenizer>/<window>+<overlap>-<strategy>/      rows-*.npy segments-*.npy; blocks.npy
 
 The identity is that of the input: the specs, and for files their paths, sizes and times of change, which a corpus of
 any size gives at once (a touched file costs a rebuild, a changed one is noticed); a TFDS data set is known by its name,
@@ -18,19 +18,17 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
-
-import numpy as np
 
 from lm_jax import config, disk
 from lm_jax.config import DataConfig
-from lm_jax.data import build, documents, sources
+from lm_jax.data import build, documents, shards, sources
 from lm_jax.data import tokenizer as tokenizers
 from lm_jax.errors import FULL, REFUSED, ConfigError, DataError
 
-FORMAT = 3  # raise it when the stages write something else: older stores are then left alone
+FORMAT = 4  # raise it when the stages write something else: older stores are then left alone
 
 
 def prepare(data: DataConfig, *, say=print) -> "Store":
@@ -89,59 +87,65 @@ class Store:
                           "read": self.stages["docs"]["read"]}
         self.tags = list(manifest["sources"])
         read = [(name, file["sha256"]) for kind in ("tokens", "packs")
-                for name, file in self.stages[kind]["files"].items()]
+                for name, file in self.stages[kind]["files"].items() if name != shards.BLOCKS]
         self.digest = config.digest([self.tags, self.stages["tokenizer"]["digest"], read])
-        self._check(lambda file, entry: os.path.getsize(file) == entry["bytes"])
+        self._each(shards.sized)
 
     @cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
-        return tokenizers.load(str(self.path / self.names["tokenizer"]))
+        return build.tokenizer(self.path / self.names["tokenizer"], self.stages["tokenizer"])
 
     def rows(self, split: str, tag: str) -> "Rows":
-        """The packed rows of one source, memory-mapped."""
-        packs, shards = self.path / self.names["packs"], self.path / self.names["tokens"]
+        """The packed rows of one source, memory-mapped; what of them is damaged is a DataError when it is read."""
+        def opened(kind, name):
+            return shards.Shard(self.path / self.names[kind] / name, self._digests[kind][name])
+
         files = build.shard_files(self.stages["tokens"], split, tag)
-        return Rows(np.load(packs / f"rows-{tag}-{split}.npy", mmap_mode="r"),
-                    np.load(packs / f"segments-{tag}-{split}.npy", mmap_mode="r"),
-                    [shards / f"tokens-{build.shard_name(tag, split, file['number'])}" for file in files])
+        names = [f"tokens-{build.shard_name(tag, split, file['number'])}" for file in files]
+        return Rows(opened("packs", f"rows-{tag}-{split}.npy"), opened("packs", f"segments-{tag}-{split}.npy"),
+                    [partial(opened, "tokens", name) for name in names])
 
     def held_out(self, tag: str) -> Iterator[str]:
         """The texts of the validation documents, in order."""
         files = self.stages["docs"]["files"].items()
-        return documents.texts(self.path / self.names["docs"] / name for name, file in files
+        return documents.texts(shards.proven(self.path / self.names["docs"] / name, file) for name, file in files
                                if (file["split"], file["tag"]) == ("validation", tag))
 
     def verify(self):
-        """Read every file and compare its digest with the manifest's; sizes are compared at each opening."""
-        self._check(lambda file, entry: disk.sha256(file) == entry["sha256"])
+        """Hold every file against its digest; training does so with what it reads, when it first reads it."""
+        self._each(shards.proven)
 
-    def _check(self, right):
+    @cached_property
+    def _digests(self) -> dict[str, dict]:
+        """Of the blocks of each array: kind of stage -> file -> digests."""
+        return {kind: shards.of_blocks(self.path / self.names[kind], self.stages[kind]["files"])
+                for kind in ("tokens", "packs")}
+
+    def _each(self, check):
         for kind, name in self.names.items():
             for file, entry in self.stages[kind]["files"].items():
-                path = self.path / name / file
-                if not path.exists() or not right(path, entry):
-                    wrong = "is not what its manifest says" if path.exists() else "is missing"
-                    raise DataError(f"{path} {wrong}: delete {self.path / 'manifest.json'} to build this store again")
+                check(self.path / name / file, entry)
 
 
 class Rows:
     """rows[i] is a list of pieces: windows of one document each, as read-only views of the mapped shards."""
 
-    def __init__(self, starts, segments, shards: list[Path]):
-        self._starts, self._segments = np.asarray(starts), np.asarray(segments)
-        self._paths, self._shards = shards, [None] * len(shards)
+    def __init__(self, starts: shards.Shard, segments: shards.Shard, tokens: list[Callable[[], shards.Shard]]):
+        self._starts, self._segments = starts, segments
+        self._open, self._tokens = tokens, [None] * len(tokens)  # files of a large corpus are opened when needed
 
     def __len__(self):
         return len(self._starts) - 1
 
     def __getitem__(self, i):
+        first, end = self._starts[i : i + 2].tolist()
         return [self._shard(shard)[start : start + length]
-                for shard, start, length in self._segments[self._starts[i] : self._starts[i + 1]].tolist()]
+                for shard, start, length in self._segments[first:end].tolist()]
 
     def _shard(self, number):
-        if self._shards[number] is None:
-            self._shards[number] = np.asarray(np.load(self._paths[number], mmap_mode="r"))
-        return self._shards[number]
+        if self._tokens[number] is None:
+            self._tokens[number] = self._open[number]()
+        return self._tokens[number]
 
 
 @contextlib.contextmanager
@@ -181,10 +185,16 @@ def _identity(spec):
 
 
 def _manifest(path):
+    """What the manifest says, if there is one and it is as it was written."""
+    file = path / "manifest.json"
     try:
-        return disk.read_json(path / "manifest.json")
-    except ValueError as error:
-        raise DataError(f"{path / 'manifest.json'} is no JSON ({error}): delete it to build a new store") from error
+        manifest = disk.read_json(file)
+        whole = manifest is None or manifest.pop("digest") == config.digest(manifest)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise DataError(f"{file} is not what was written ({error!r}): delete it to build a new store") from error
+    if not whole:
+        raise DataError(f"{file} is not what was written (its digest is another): delete it to build a new store")
+    return manifest
 
 
 def _whole(data, manifest):
