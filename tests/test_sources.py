@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -172,10 +173,9 @@ def test_parquet_columns_of_strings_bytes_and_categories_are_text(tmp_path):
         read(f"parquet:{tmp_path}/bad.parquet#body")
 
 
-def test_tfds_data_sets_are_read_without_tensorflow(tmp_path, monkeypatch):
+def tiny_texts(folder, texts):
+    """A TFDS data set of `texts` in its training split and "four" in its test split, as ArrayRecord files."""
     import tensorflow_datasets as tfds
-
-    texts = ["one\r\n", "zwei ü", "三"]
 
     class TinyTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # its files alone must do
         VERSION = tfds.core.Version("1.0.0")
@@ -190,7 +190,12 @@ def test_tfds_data_sets_are_read_without_tensorflow(tmp_path, monkeypatch):
         def _generate_examples(self, texts):
             yield from ((i, {"body": text}) for i, text in enumerate(texts))
 
-    TinyTexts(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    TinyTexts(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+def test_tfds_data_sets_are_read_without_tensorflow(tmp_path, monkeypatch):
+    texts = ["one\r\n", "zwei ü", "三"]
+    tiny_texts(tmp_path, texts)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     documents, report = read("tfds:tiny_texts#body")
     assert sorted(d.text for d in documents) == sorted(texts) and report["documents"] == 3
@@ -203,6 +208,30 @@ def test_tfds_data_sets_are_read_without_tensorflow(tmp_path, monkeypatch):
             read(f"tfds:{name}")
         assert len(str(caught.value)) < 200, "TFDS itself lists all it has"
     assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("kind", ["parquet", "gzip", "ArrayRecord"])
+def test_no_flipped_bit_of_an_input_with_checksums_is_read_in_silence(kind, tmp_path, monkeypatch, rng):
+    texts = [" ".join(rng.choice("a model reads plain words of a page".split(), 30)) for _ in range(60)]
+    if kind == "parquet":
+        path, spec = tmp_path / "a.parquet", f"parquet:{tmp_path}/a.parquet#body"
+        pyarrow.parquet.write_table(pyarrow.table({"body": texts}), path, write_page_checksum=True)
+    elif kind == "gzip":
+        path, spec = tmp_path / "a.jsonl.gz", f"jsonl:{tmp_path}/a.jsonl.gz#body"
+        compress(path, "".join(json.dumps({"body": text}) + "\n" for text in texts).encode(), "gzip")
+    else:
+        tiny_texts(tmp_path, texts)
+        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+        path, spec = next(tmp_path.rglob("*train.array_record*")), "tfds:tiny_texts#body"
+    whole, expected, seen = path.read_bytes(), read(spec), 0
+    for at in rng.choice(np.flatnonzero(np.frombuffer(whole, np.uint8)), 60):  # ArrayRecord fills its file with zeros
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.integers(8)]) + whole[at + 1:])
+        try:
+            assert read(spec) == expected, f"byte {at}"
+        except ConfigError as error:
+            assert path.name in str(error) or "tiny_texts" in str(error)
+            seen += 1
+    assert seen > 30
 
 
 def test_specs_are_checked_before_anything_is_read():

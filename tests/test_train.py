@@ -170,6 +170,23 @@ def test_where_every_checkpoint_is_damaged_nothing_starts_afresh(home, whole):
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_damaged_shard_ends_the_run_and_its_cure_goes_on_as_if_nothing_had_been(home, whole):
+    shutil.copytree(whole[0], home / "hurt")
+    shutil.rmtree(home / "hurt" / "checkpoints" / "300")
+    shutil.copytree(home / "data", home / "other")
+    shard = next((home / "other").rglob("tokens-*train*"))
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 4
+    shard.write_bytes(data)
+    again = ("--workdir=hurt", "--config.data.root=other")
+    done = finished(start(home, *again))
+    assert done.returncode == 77 and f"{shard.name} is not what its manifest says" in done.stderr, done.stderr
+    next((home / "other").rglob("manifest.json")).unlink()  # as the message says
+    done = finished(start(home, *again))
+    assert done.returncode == 0 and "resumed at step 250" in done.stdout, done.stderr
+    same_outcome(home / "hurt", whole[0])
+
+
 COMMANDS = (  # exit code, what is said, arguments
     (0, "--config.optim.lr=3e-4", ["--help"]),
     (0, '"lr": 0.5', ["--config=small.py", "--print_config", "--config.optim.lr=0.5"]),

@@ -5,8 +5,6 @@ and the order is that of the sorted paths, so the same spec over the same files 
 """
 
 import difflib
-import glob
-import io
 import json
 import os
 import re
@@ -15,9 +13,8 @@ from collections.abc import Callable, Iterator
 from types import NoneType
 from typing import NamedTuple
 
-from lm_jax.data import synthetic
+from lm_jax.data import inputs, synthetic
 from lm_jax.errors import ConfigError, DataError
-
 
 LARGE = 64 << 20  # bytes of a text file that is still one document
 PIECE = 16 << 20  # most bytes of the documents that a larger one is cut into
@@ -92,7 +89,7 @@ def files(spec: str) -> list[str]:
     if kind == "stdlib":
         return list(_stdlib_paths())
     pattern = argument if kind == "text" else _field(argument)[0]
-    return _paths(pattern)[1] if kind in ("text", "jsonl", "parquet") else []
+    return inputs.found(pattern)[1] if kind in ("text", "jsonl", "parquet") else []
 
 
 Raw = tuple[str, bytes, str, dict]  # id, bytes, lang, meta: what a kind's function yields
@@ -110,10 +107,10 @@ def stdlib(argument: str) -> Iterator[Raw]:
 
 def text(argument: str) -> Iterator[Raw]:
     """`text:GLOB`: each file is a document; one of more than LARGE bytes is several, `path:000001` and so on."""
-    root, paths = _paths(argument)
+    root, paths = inputs.found(argument)
     for path in paths:
         try:
-            with _open(path) as file:
+            with inputs.opened(path) as file:
                 held = file.read(LARGE + 1)
                 if len(held) <= LARGE:
                     yield _id(path, root), held, "", {}
@@ -127,7 +124,7 @@ def text(argument: str) -> Iterator[Raw]:
 def jsonl(argument: str) -> Iterator[Raw]:
     """`jsonl:GLOB#field`: each line is an object, a document its field (default "text"); "id" and "lang" are kept."""
     pattern, field = _field(argument)
-    root, paths = _paths(pattern)
+    root, paths = inputs.found(pattern)
     for path in paths:
         for number, line in _lines(path):
             place = f"{path}:{number}"
@@ -151,11 +148,11 @@ def parquet(argument: str) -> Iterator[Raw]:
     import pyarrow.parquet
 
     pattern, column = _field(argument)
-    root, paths = _paths(pattern)
+    root, paths = inputs.found(pattern)
     for path in paths:
         number = 0
         try:
-            with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:  # else Arrow holds the whole file
+            with pyarrow.parquet.ParquetFile(path, **inputs.PARQUET) as file:
                 names = file.schema_arrow.names
                 _value(dict.fromkeys(names), column, path)
                 kept = [name for name in ("id", "lang") if name in names and name != column]
@@ -187,11 +184,14 @@ def tfds(argument: str) -> Iterator[Raw]:
         hint = f"did you mean {' or '.join(near)}?" if near else "is it in $TFDS_DATA_DIR?"
         raise ConfigError(f"data.sources: tfds:{given} names no data set: {hint}") from error
     except Exception as error:  # whatever else TFDS raises: no network, files in a format that it cannot index
-        cause = " ".join(str(error).split())[:300]
-        raise ConfigError(f"data.sources: tfds:{given} cannot be opened: {type(error).__name__}: {cause}") from error
+        raise ConfigError(f"data.sources: tfds:{given} cannot be opened: {_cause(error)}") from error
     for number in range(len(data)):
         place = f"tfds:{given} record {number}"
-        yield f"{name}:{split or 'train'}:{number}", _bytes(_value(data[number], field, place), place), "", {}
+        try:
+            row = data[number]
+        except Exception as error:  # of the format's own library, which checks sums
+            raise DataError(f"{place} cannot be read: {_cause(error)}; repair or prepare the set again") from error
+        yield f"{name}:{split or 'train'}:{number}", _bytes(_value(row, field, place), place), "", {}
 
 
 def known(kind: str) -> Callable[[str], Iterator[Raw]]:
@@ -216,28 +216,6 @@ def _stdlib_paths() -> Iterator[str]:
         yield from (os.path.join(folder, name) for name in sorted(names) if name.endswith(".py"))
 
 
-def _paths(pattern: str) -> tuple[str, list[str]]:
-    """The folder before the first wildcard, and the sorted files that match."""
-    pattern = os.path.abspath(os.path.expanduser(pattern))
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-    if not paths:
-        raise ConfigError(f"data.sources: {pattern} matches no file: is the path right?")
-    fixed = pattern
-    while glob.has_magic(fixed) or os.path.isfile(fixed):
-        fixed = os.path.dirname(fixed)
-    return fixed, paths
-
-
-def _open(path: str):
-    """A binary file, decompressed if its name ends in .gz or .zst; OSError where the compressed stream breaks off."""
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1])
-    if compression is None:
-        return open(path, "rb")
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.input_stream(path, compression=compression))
-
-
 def _pieces(held: bytes, file) -> Iterator[bytes]:
     """What was read of a file and what is left of it, cut at line ends, or between characters in longer lines."""
     start = 0
@@ -258,13 +236,17 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
     """Numbered lines from 1, blank ones left out."""
     number = 0
     try:
-        with _open(path) as file:
+        with inputs.opened(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.isspace():
                     yield number, line
     except OSError as error:
         raise DataError(f"{path} cannot be read beyond its first {number} lines: {error}; repair it, or leave it out "
                         "of data.sources") from error
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _field(argument: str) -> tuple[str, str]:
