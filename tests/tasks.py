@@ -139,7 +139,7 @@ def wordpiece(place: pathlib.Path, reads: list[str]):
 
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = dict.fromkeys([*TEXT.split(), "##ing", "##s", "##ed", "un", "##like", "##ly", "works", "liv", "##e", "who"])
-    vocab = {word: i for i, word in enumerate([*specials, *words])}
+    vocab = {word: i for i, word in enumerate(full([*specials, *words]))}
     made = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     made.normalizer, made.pre_tokenizer, made.decoder = (
         normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), WordPiece())
@@ -168,12 +168,17 @@ def unigram(place: pathlib.Path, reads: list[str]):
     from tokenizers.pre_tokenizers import Metaspace as Split
 
     pieces = ["<pad>", "</s>", "<unk>", *dict.fromkeys("▁" + word for word in TEXT.split()), "▁", *"abcdefghijklm"]
-    made = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=2))
+    made = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(full(pieces))], unk_id=2))
     made.pre_tokenizer, made.decoder = Split(), Metaspace()
     made.add_special_tokens(["<pad>", "</s>", "<unk>"])
     made.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>",
                                                         special_tokens=[("</s>", 1)])
     saved(place, made, reads, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+def full(pieces: list[str]) -> list[str]:
+    """As many as the models have, so that there is nothing which only transformers would write."""
+    return pieces + [f"filler{i}" for i in range(len(pieces), 99)]
 
 
 def saved(place: pathlib.Path, tokenizer, reads: list[str], **names):

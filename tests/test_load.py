@@ -162,9 +162,19 @@ def test_only_ids_that_the_file_of_a_folder_has_are_drawn_and_stop(tmp_path):
     """The model's table is longer (300) than the file (260), which has specials, but under names that nobody knows."""
     place = speakers.published(tmp_path / "folder")
     assert load(place).vocab == 260
-    text = (place / "tokenizer.json").read_text()
-    (place / "tokenizer.json").write_text(text.replace("</s>", "<over>"))
+    wild = text.answers(load(place), ["a"] * 8, Sampler(temperature=99.0), length=40)
+    assert 250 < max(id for answer in wild for id in answer.ids) < 260
+    (place / "added_tokens.json").write_text('{"<later>": 270}')  # where older folders say what they have added
+    assert load(place).vocab == 271
+    (place / "generation_config.json").write_text('{"eos_token_id": [257, 280]}')
+    assert load(place).vocab == 281, "a stop that no file spells can be drawn, or nothing would end"
+    (place / "added_tokens.json").write_text('{"<later>": "x"}')
+    with pytest.raises(DataError, match="an added token whose id is no number"):
+        load(place)
+    (place / "added_tokens.json").unlink()
     (place / "generation_config.json").unlink()
+    file = (place / "tokenizer.json").read_text()
+    (place / "tokenizer.json").write_text(file.replace("</s>", "<over>"))
     bare = load(place)
     assert bare.tokenizer.eos >= 260 and bare.stops == () and bare.vocab == 260
 

@@ -93,6 +93,24 @@ def test_what_is_cut_or_read_in_windows_is_said(made):
     assert not said
 
 
+def test_a_mask_is_filled_with_words_that_the_tokenizer_has(made, tmp_path):
+    """The model's table is longer, as those of published models are."""
+    folder = shutil.copytree(made("masked"), tmp_path / "padded")
+    file = json.loads((folder / "tokenizer.json").read_text())
+    words = {word: i for word, i in file["model"]["vocab"].items() if i < 50}
+    (folder / "tokenizer.json").write_text(json.dumps(file | {"model": file["model"] | {"vocab": words}}))
+    found = lm_jax.pipeline("fill-mask", model=folder, top_k=99)("the film was [MASK]")
+    assert sorted(one["token"] for one in found) == list(range(50)) and all(one["token_str"] for one in found)
+
+
+def test_a_special_token_in_a_text_is_what_it_spells(run):
+    """As in transformers: T5's users write <extra_id_0> where words are missing."""
+    frame, speaker = run("fill-mask", "masked").by.frame, run("text-generation", "gpt2").by.speaker
+    assert frame.encode("the [MASK]")[-1] == frame.special("mask_token")
+    assert speaker.ids("good</s>") == [*speaker.ids("good"), 2]
+    assert 2 not in speaker.tokenizer.encode("good</s>"), "where people speak with a model it is text"
+
+
 def test_a_long_document_is_answered_from_whichever_window_has_the_answer(run):
     tell = run("question-answering", "questions")
     context = " ".join([*TEXT.split(), *reversed(TEXT.split())])
@@ -269,7 +287,7 @@ def test_a_sentencepiece_model_alone_is_enough_to_read(made, tmp_path):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(file.getvalue())
     assert len(lm_jax.pipeline("text-classification", model=folder)(TWO)) == 2
-    read = pipelines.reader.load(folder).tokenizer.windows([LONG], limit=40, overlap=7)[0]
+    read = pipelines.reader.load(folder).frame.windows([LONG], limit=40, overlap=7)[0]
     assert len(read) > 2 and all(row.ids[0] == 1 and len(row) <= 40 for row in read)
     assert read[0].spans[-7:] == read[1].spans[1:8], "neighbours share tokens"
     found = [LONG[start:end].strip() for row in read for start, end in row.spans[1 + 7 * (row is not read[0]):]]

@@ -97,7 +97,7 @@ def test_a_prompt_beyond_what_a_rotary_model_was_made_for_is_said(speaker):
 
 
 def test_a_prompt_that_cannot_be_is_named(speaker):
-    with pytest.raises(ConfigError, match="id 999 and the model 384 tokens"):
+    with pytest.raises(ConfigError, match="token 999 is none of this model's 384: is the tokenizer another model's"):
         text.answers(speaker, [[1, 999]])
     with pytest.raises(ConfigError, match="prompt \\[\\] is empty"):
         text.answers(speaker, [[]])

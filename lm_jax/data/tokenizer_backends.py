@@ -32,6 +32,7 @@ class Vocabulary:
     """A file, its table of bytes an id, and the special ids found in it or appended behind it."""
 
     suffix: str  # of the file
+    whole_words = False  # whether pieces tell where a word goes on
 
     def __init__(self, file: bytes, table: list[bytes | None], specials: dict[str, int]):
         """`table`: None for a special; `specials` are those of the file. Those absent get new ids behind the file's.
@@ -63,7 +64,8 @@ class Vocabulary:
         return self.encode_batch([text])[0]
 
     def decode(self, ids) -> str:
-        return b"".join([self._table[i] for i in np.asarray(ids, int).ravel()]).decode(errors="replace")
+        known = (i for i in np.asarray(ids, int).ravel() if i < len(self._table))  # a model's table may be longer
+        return b"".join([self._table[i] for i in known]).decode(errors="replace")
 
     def save(self, folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
@@ -116,6 +118,16 @@ class Pieces(Vocabulary):
         text = super().decode(ids)
         return text.removeprefix(" ") if self._prefix else text
 
+    def id(self, piece: str) -> int | None:
+        found = self.model.piece_to_id(piece)
+        return None if self.model.is_unknown(found) else found
+
+    def piece(self, id: int) -> str:
+        return self.model.id_to_piece(id)
+
+    def joined(self, pieces: list[str]) -> str:
+        return self.model.decode_pieces(pieces)
+
     def _escaped(self, text: str) -> np.ndarray:
         first, *rest = [np.array(ids, np.int32) for ids in self.model.encode(text.split(BLANK))]
         return np.concatenate([first, *(part for later in rest for part in (self._escape, later))])
@@ -143,15 +155,25 @@ class HuggingFace(Vocabulary):
         spell = _speller(spec)
         for piece, i in model.get_vocab().items():
             table[i] = None if piece in specials else piece.encode() if i in added else spell(piece)
-        self._end = len(table)
+        self.whole_words = bool(spec["model"].get("continuing_subword_prefix"))
         super().__init__(file, table, specials)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array(row.ids, np.int32) for row in self.model.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids) -> str:
+    def decode(self, ids, *, specials: str = "drop") -> str:
         """The library's own decoding: it knows where a kind of tokenizer (BERT's, T5's) drops or adds spaces."""
-        return self.model.decode([i for i in np.asarray(ids, int).ravel().tolist() if i < self._end])
+        known = [i for i in np.asarray(ids, int).ravel().tolist() if i < self.own]
+        return self.model.decode(known, skip_special_tokens=specials == "drop")
+
+    def id(self, piece: str) -> int | None:
+        return self.model.token_to_id(piece)
+
+    def piece(self, id: int) -> str:
+        return self.model.id_to_token(id)
+
+    def joined(self, pieces: list[str]) -> str:
+        return self.model.decoder.decode(pieces) if self.model.decoder else " ".join(pieces)
 
 
 def library(file: bytes):

@@ -102,8 +102,9 @@ def logits(model: Transformer, tokens, decoder_tokens=None) -> np.ndarray:
     return scores[:, 0] if model.cfg.head == "classes" else scores
 
 
-def batch(cfg: TransformerConfig, tokens, types=None) -> Batch:
-    """A batch of rows of ids (and of token types, where the model has them), padded at their ends."""
+def batch(cfg: TransformerConfig, tokens, types=None, *, width: int = 1) -> Batch:
+    """A batch of rows of ids (and of token types, where the model has them), padded at their ends to a multiple of
+    `width`."""
     rows = [_ids(row) for row in tokens]
     lengths = [len(row) for row in rows]
     if not rows or not min(lengths):
@@ -114,7 +115,8 @@ def batch(cfg: TransformerConfig, tokens, types=None) -> Batch:
         if row.min() < 0 or row.max() >= cfg.vocab:
             wrong = next(i for i in row if not 0 <= i < cfg.vocab)
             raise ConfigError(f"token {wrong} is none of this model's {cfg.vocab}: is the tokenizer another model's?")
-    padded = lambda rows: np.stack([np.pad(row, (0, max(lengths) - len(row))) for row in rows]).astype(np.int32)
+    T = -(-max(lengths) // width) * width
+    padded = lambda rows: np.stack([np.pad(row, (0, T - len(row))) for row in rows]).astype(np.int32)
     made = {"tokens": padded(rows), "positions": padded(map(np.arange, lengths)),
             "segments": padded([np.ones(n, int) for n in lengths])}
     if cfg.types:

@@ -1,6 +1,7 @@
 """A model to speak with: out of a run's folder, be it still training, or a folder as transformers saves it."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lm_jax.checkpoint import Checkpoints, NoCheckpointError
 from lm_jax.data import build
 from lm_jax.data import tokenizer as tokenizers
 from lm_jax.errors import ConfigError, DataError
+from lm_jax.hub import frame as frames
 from lm_jax.hub.folder import read_json
 from lm_jax.inference.chat import Template
 from lm_jax.inference.generate import ready
@@ -27,13 +29,18 @@ class Speaker:
 
     model: Transformer  # as it decodes best here
     tokenizer: tokenizers.Tokenizer
+    encode: Callable[[str], Sequence[int]]  # a text's own ids; in a folder's a text may spell special tokens
     before: tuple[int, ...]  # ids that begin a text
-    after: tuple[int, ...]  # and those that end an encoder's
+    after: tuple[int, ...]  # and those that end it
     start: int  # what a decoder that has an encoder begins with
     stops: tuple[int, ...]
     template: Template
     said: str  # what was loaded, for people
-    vocab: int  # ids that may be drawn: those that the model was trained on
+    vocab: int  # only ids below are drawn: those that its tokenizer has; the rest of the model's table is padding
+
+    def ids(self, text: str) -> list[int]:
+        """What a model of this kind reads of a text."""
+        return [*self.before, *map(int, self.encode(text)), *self.after]
 
 
 def load(path, *, say=print) -> Speaker:
@@ -65,8 +72,9 @@ def _of_run(folder: Path, c: config.Config, say) -> Speaker:
     cfg = model.cfg
     before = () if cfg.encoder_depth else (tokenizer.bos,)
     before = tokenizer.modes[-1:] if c.data.objective == "ul2" else before  # the denoiser that goes on with a text
+    after = (tokenizer.eos,) if cfg.encoder_depth else ()
     stops = tokenizer.eos, tokenizer.chat["end"]
-    return Speaker(ready(model), tokenizer, before, (tokenizer.eos,), tokenizer.pad, stops,
+    return Speaker(ready(model), tokenizer, tokenizer.encode, before, after, tokenizer.pad, stops,
                    Template.of_roles(tokenizer), f"{folder}, step {step:,} of {c.train.steps:,}", tokenizer.vocab)
 
 
@@ -111,19 +119,17 @@ def _run_tokenizer(folder: Path, c: config.Config):
 def _of_folder(folder: Path, say) -> Speaker:
     kinds = {"dtype": "float32", "weights": "float32"} if parallel.on_cpu() else {}
     model = hub.load(folder, say=say, **kinds)
-    files = [file for file in ("tokenizer.json", "tokenizer.model", "spiece.model") if (folder / file).is_file()]
-    if not files:
-        raise ConfigError(f"{folder} has no tokenizer: tokenizer.json, tokenizer.model or spiece.model is wanted")
-    tokenizer = tokenizers.make(str(folder / files[0]), (), vocab=0)
-    settings = read_json(folder / "tokenizer_config.json")
-    before, after = _frame(folder / files[0], tokenizer, settings)
+    frame = frames.of_folder(folder)
+    tokenizer = frame.tokenizer
     stops = _told(folder, "eos_token_id", tokenizer.eos, tokenizer)
     start = _told(folder, "decoder_start_token_id", tokenizer.pad, tokenizer)
     if model.cfg.encoder_depth and not start:
         raise ConfigError(f"{folder} does not say what its decoder begins with: put decoder_start_token_id into its "
                           "config.json")
-    template, vocab = Template.of_folder(folder, settings, tokenizer), min(tokenizer.own, model.cfg.vocab)
-    return Speaker(ready(model), tokenizer, before, after, (*start, 0)[0], stops, template, str(folder), vocab)
+    template = Template.of_folder(folder, frame.settings, tokenizer)
+    vocab = min(max([frame.vocab, *(1 + id for id in stops)]), model.cfg.vocab)
+    return Speaker(ready(model), tokenizer, frame.encode, frame.before, frame.after, (*start, 0)[0], stops, template,
+                   str(folder), vocab)
 
 
 def _told(folder: Path, key: str, default: int, tokenizer) -> tuple[int, ...]:
@@ -137,21 +143,6 @@ def _told(folder: Path, key: str, default: int, tokenizer) -> tuple[int, ...]:
         raise DataError(f"{folder}: {key}={told!r} in generation_config.json or config.json: an id is wanted, or a "
                         "list of them")
     return tuple(ids)
-
-
-def _frame(file: Path, tokenizer, settings: dict):
-    """What the tokenizer of a folder puts before and after a text."""
-    if file.suffix == ".model":  # a LLaMA's begins texts, a T5's ends them
-        ends = file.name == "spiece.model"
-        around = settings.get("add_bos_token", not ends), settings.get("add_eos_token", ends)
-        return tuple(_in_file(tokenizer, id) if put else () for id, put in zip((tokenizer.bos, tokenizer.eos), around))
-    import tokenizers as library
-
-    model = library.Tokenizer.from_file(str(file))
-    model.no_truncation()
-    bare, full = (model.encode("a", add_special_tokens=add).ids for add in (False, True))
-    at = next(i for i in range(len(full)) if full[i:i + len(bare)] == bare)
-    return tuple(full[:at]), tuple(full[at + len(bare):])
 
 
 def _in_file(tokenizer, *ids: int) -> tuple[int, ...]:

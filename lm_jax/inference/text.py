@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import hosts
+from lm_jax import hosts, hub
 from lm_jax.batch import Batch
 from lm_jax.errors import ConfigError
 from lm_jax.inference.generate import advance, asked, begin
@@ -129,11 +129,10 @@ def prompted(speaker: Speaker, prompts: Sequence, *, say=print) -> Batch:
     if unbound and (long := [i for i, ids in enumerate(rows) if len(ids) > cfg.max_length]):
         say(f"{len(long)} of {len(rows)} prompts, such as number {long[0]} of {len(rows[long[0]])} tokens, pass "
             f"model.max_length={cfg.max_length}: read whole, and beyond what a model was trained on it may write badly")
-    if speaker.model.cfg.encoder_depth:
-        source = padded([np.array([*ids, *speaker.after]) if isinstance(one, str) else ids
-                         for one, ids in zip(prompts, rows)])
-        return padded([np.array([speaker.start])] * len(rows), width=1) | {"source": source}
-    return padded(rows)
+    batch = hub.batch(cfg, rows, width=WIDTH)
+    if cfg.encoder_depth:
+        return hub.batch(cfg, [[speaker.start]] * len(rows)) | {"source": batch}
+    return batch
 
 
 def seeded(seed: int | Sequence[int], rows: int):
@@ -144,28 +143,15 @@ def seeded(seed: int | Sequence[int], rows: int):
     return jax.vmap(jax.random.key)(jnp.array([int(one) % 2**32 for one in seeds], jnp.uint32))
 
 
-def padded(rows, *, width: int = WIDTH) -> Batch:
-    """Rows of ids as a batch, a multiple of `width` wide."""
-    T = -(-max(map(len, rows)) // width) * width
-    fill = lambda each: np.stack([np.pad(np.asarray(a, np.int32), (0, T - len(a))) for a in each])
-    return {"tokens": fill(rows), "positions": fill([np.arange(len(row)) for row in rows]),
-            "segments": fill([np.ones(len(row)) for row in rows])}
-
-
 def _writers(speaker, prompts, stop, length):
     alone = speaker.model.cfg.encoder_depth > 0
     stop = [word for word in ([stop] if isinstance(stop, str) else stop) if word]
     return [Writer(speaker, [] if alone else _ids(speaker, one), stop, length) for one in prompts]
 
 
-def _ids(speaker: Speaker, prompt) -> np.ndarray:
-    """The ids of a text with what begins one; ids as they are, once it is sure that the model has them."""
-    V = speaker.model.cfg.vocab
-    prompt = [*speaker.before, *speaker.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
-    ids = np.array(prompt, np.int32)
-    if wrong := [int(id) for id in ids if not 0 <= id < V]:
-        raise ConfigError(f"the prompt has id {wrong[0]} and the model {V} tokens: its tokenizer is another model's")
-    return ids
+def _ids(speaker: Speaker, prompt) -> Sequence[int]:
+    """Those of a text with what stands around it; ids are taken as they are."""
+    return speaker.ids(prompt) if isinstance(prompt, str) else prompt
 
 
 @partial(jax.jit, static_argnames=("length", "vocab"))

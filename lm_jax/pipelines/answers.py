@@ -68,7 +68,7 @@ def _asked(inputs, question, context) -> tuple[list, bool]:
 def _likeliest(by: Reader, row, logits_T2, *, count: int, longest: int):
     """(first token, last token, score) of the likeliest answers in a window, and the score of there being none."""
     inside_T = np.array([of == 1 for of in row.texts])
-    inside_T |= np.array(row.ids) == by.tokenizer.special("cls_token")  # which models point at to say: no answer
+    inside_T |= np.array(row.ids) == by.frame.special("cls_token")  # which models point at to say: no answer
     begin_T, end_T = softmax(np.where(inside_T, logits_T2.T, OUT))
     empty = float(begin_T[0] * end_T[0])
     begin_T[0] = end_T[0] = 0

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from lm_jax import hub, parallel
-from lm_jax.data import framed
-from lm_jax.data.framed import Row
 from lm_jax.errors import ConfigError
 from lm_jax.hub import folder
+from lm_jax.hub import frame as frames
+from lm_jax.hub.frame import Frame, Row
 from lm_jax.inference.generate import ready
 from lm_jax.models.transformer import Transformer
 
@@ -23,14 +23,18 @@ UNLIMITED = 10**9  # tokenizer_config.json writes a larger number for no limit
 
 @dataclass(frozen=True)
 class Reader:
-    """A model with its tokenizer, and what its folder says of both."""
+    """A model that reads, and what its folder says of it."""
 
     model: Transformer  # as it computes best here
-    tokenizer: framed.Template | framed.Pieces
+    frame: Frame  # its tokenizer, as the folder says that texts are read
     settings: dict  # its config.json
     limit: int | None  # tokens that it can read at once
     say: Callable
     rows: int = ROWS  # at most so many of a batch
+
+    @property
+    def tokenizer(self):
+        return self.frame.tokenizer
 
     @property
     def labels(self) -> list[str]:
@@ -40,7 +44,7 @@ class Reader:
 
     def beginnings(self, texts: list, *, truncation: bool, cut: str = "longest_first") -> list[Row]:
         """A row a text. Of one that is too long the beginning is read, which is said; without `truncation`, refused."""
-        rows = self.tokenizer.windows(texts, limit=self.limit, cut=cut)
+        rows = self.frame.windows(texts, limit=self.limit, cut=cut)
         if long := [i for i, windows in enumerate(rows) if len(windows) > 1]:
             found = f"{len(long)} of {len(texts)} texts, such as number {long[0]}, pass the model's {self.limit} tokens"
             if not truncation:
@@ -50,7 +54,7 @@ class Reader:
 
     def windows(self, texts: list, *, limit: int | None, overlap: int, cut: str = "longest_first") -> list[list[Row]]:
         """Rows that are all of each text, a long one's sharing `overlap` tokens with the next; which is said."""
-        rows = self.tokenizer.windows(texts, limit=limit, overlap=overlap, cut=cut)
+        rows = self.frame.windows(texts, limit=limit, overlap=overlap, cut=cut)
         if long := [i for i, windows in enumerate(rows) if len(windows) > 1]:
             self.say(f"{len(long)} of {len(texts)} texts, such as number {long[0]}, pass {limit} tokens: read in "
                      f"windows of so many, {overlap} shared by neighbours; that one in {len(rows[long[0]])}")
@@ -71,9 +75,9 @@ class Reader:
         return found
 
     def _batch(self, rows, width):
-        batch = hub.batch(self.model.cfg, [row.ids for row in rows], [row.types for row in rows])
-        (B, T), more = batch["tokens"].shape, 2**(len(rows) - 1).bit_length()
-        return {name: np.pad(a_BT, ((0, more - B), (0, width - T))) for name, a_BT in batch.items()}
+        batch = hub.batch(self.model.cfg, [row.ids for row in rows], [row.types for row in rows], width=width)
+        more = 2**(len(rows) - 1).bit_length() - len(rows)
+        return {name: np.pad(a_BT, ((0, more), (0, 0))) for name, a_BT in batch.items()}
 
 
 def load(path, *, say=print) -> Reader:
@@ -82,12 +86,11 @@ def load(path, *, say=print) -> Reader:
     kinds = {"dtype": "float32", "weights": "float32"} if parallel.on_cpu() else {}
     model = hub.load(path, say=say, **kinds)
     where = Path(model.origin)
-    settings, frame = folder.config(where), folder.read_json(where / "tokenizer_config.json")
-    tokenizer = framed.tokenizer(where, frame)
-    told = frame.get("model_max_length") or UNLIMITED
+    settings, frame = folder.config(where), frames.of_folder(where)
+    told = frame.settings.get("model_max_length") or UNLIMITED
     longest = model.cfg.max_length if model.cfg.positions == "learned" else settings.get("max_position_embeddings")
     limit = int(min(told, longest or UNLIMITED))
-    return Reader(ready(model), tokenizer, settings, limit if limit < UNLIMITED else None, say)
+    return Reader(ready(model), frame, settings, limit if limit < UNLIMITED else None, say)
 
 
 def scores(model, batch):

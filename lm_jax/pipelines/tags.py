@@ -35,7 +35,7 @@ def tag(by: Reader, inputs, *, aggregation_strategy: str = "none", ignore_labels
 
 def _tokens(by: Reader, text: str, row, scores_TC, at: int) -> list[dict]:
     """What tokens of a text are, without those of the frame; `at` is the number of the first in the whole text."""
-    found, unknown = [], by.tokenizer.special("unk_token")
+    found, unknown = [], by.frame.special("unk_token")
     for i in (i for i, of in enumerate(row.texts) if of is not None):
         start, end = row.spans[i]
         word = by.tokenizer.piece(row.ids[i])

@@ -11,7 +11,7 @@ def fill(by: Reader, inputs, *, top_k: int = 5, targets=None, truncation: bool =
     """[{"score", "token", "token_str", "sequence"}], likeliest first, of a text with a mask; of one with several
     masks a list for each; of a list of texts a list for each. `targets` are the only words that may be put there.
     """
-    mask = by.tokenizer.special("mask_token")
+    mask = by.frame.special("mask_token")
     if mask is None:
         raise ConfigError("fill-mask needs a token that stands for what is missing, and this tokenizer has none: name "
                           "it as mask_token in tokenizer_config.json, or take a model with one")
@@ -52,12 +52,12 @@ POOLINGS = {"none": lambda x_TD: x_TD[None], "mean": lambda x_TD: x_TD.mean(0), 
 def _allowed(by: Reader, targets) -> np.ndarray:
     """Ids that may be put in; a target that is no token gives its first, which is said."""
     if targets is None:
-        return np.arange(by.model.cfg.vocab)
+        return np.arange(min(by.frame.vocab, by.model.cfg.vocab))  # the rest of the table is padding
     ids = []
     for word in several(targets, "target")[0]:
         id = by.tokenizer.id(word)
         if id is None:
-            row = by.tokenizer.windows([word], limit=None)[0][0]
+            row = by.frame.windows([word], limit=None)[0][0]
             inner = [id for id, of in zip(row.ids, row.texts) if of is not None]
             if not inner:
                 raise ConfigError(f"target {word!r} gives no token: leave it out")

@@ -1,7 +1,7 @@
 """Texts that a model writes: what goes on from a prompt, or what becomes of a text."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 
@@ -97,8 +97,6 @@ def load(path, *, task: str, say=print) -> Author:
     """The model of a folder, of a run, or of a name in the local hub, for a task. What its folder asks for in vain is
     said."""
     speaker = speakers.load(hub.path(path), say=say)
-    drawn = min(speaker.tokenizer.vocab, speaker.model.cfg.vocab)  # as transformers: also what is no token of the file
-    speaker = replace(speaker, vocab=drawn)
     origin = getattr(speaker.model, "origin", None)
     config, generation, texts = (origin and read_json(Path(origin) / name) or {} for name in (
         "config.json", "generation_config.json", "tokenizer_config.json"))
@@ -218,13 +216,13 @@ def _length(by: Author, prompts, told: dict) -> int:
 def _begun(by: Speaker, prompts) -> int:
     """Tokens of the longest prompt; an encoder-decoder's is one to start with."""
     return 1 if by.model.cfg.encoder_depth else max(
-        len(by.before) + len(by.tokenizer.encode(one)) if isinstance(one, str) else len(one) for one in prompts)
+        len(by.ids(one) if isinstance(one, str) else one) for one in prompts)
 
 
 def _sources(by: Author, texts, *, truncation: bool) -> list:
     """Ids that an encoder reads."""
     speaker, limit = by.speaker, by.limit or UNLIMITED
-    rows = [[*speaker.before, *speaker.tokenizer.encode(one).tolist(), *speaker.after] for one in texts]
+    rows = [speaker.ids(one) for one in texts]
     if long := [i for i, row in enumerate(rows) if len(row) > limit]:
         done = "only their beginnings are read" if truncation else "read whole; truncation=True cuts them"
         by.say(f"{len(long)} of {len(rows)} texts, such as number {long[0]}, pass the {limit} tokens that this model "

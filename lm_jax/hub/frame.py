@@ -1,0 +1,164 @@
+"""Texts as a folder says that its model reads them: one or two between special tokens, which a text may spell, cut into
+windows where they are too long, and of each token where it stands in its text."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_jax.data.tokenizer_backends import OTHER_NAMES, HuggingFace, Pieces
+from lm_jax.errors import ConfigError, DataError
+from lm_jax.hub.folder import read_json
+
+NAMES = {"mask_token": OTHER_NAMES["<mask>"], "cls_token": ("[CLS]",), "unk_token": ("[UNK]", "<unk>")}  # if not told
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens that a model reads together.
+
+    Of each: its id, its type (what a BERT adds for the second text), which characters [start, end) of its text it is,
+    its word there, and which text, 0 or 1, that is: None for a token of the frame, as for the word of what has none.
+    """
+
+    ids: list[int]
+    types: list[int]
+    spans: list[tuple[int, int]]
+    words: list[int | None]
+    texts: list[int | None]
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def of_folder(folder: Path):
+    """The frame of a folder as transformers saves it. ConfigError where it has no tokenizer."""
+    settings = read_json(folder / "tokenizer_config.json")
+    added = _added(folder, settings, read_json(folder / "added_tokens.json"))
+    for name, kind in KINDS.items():
+        if (folder / name).is_file():
+            try:
+                return kind((folder / name).read_bytes(), settings, added)
+            except ConfigError as error:
+                raise ConfigError(f"{folder / name}: {error}") from error
+    raise ConfigError(f"{folder} has no tokenizer: put the {', '.join(list(KINDS)[:-1])} or {list(KINDS)[-1]} that its "
+                      "model was trained with beside its weights")
+
+
+class Template:
+    """Of a `tokenizer.json`, which has a template of its special tokens."""
+
+    def __init__(self, file: bytes, settings: dict, added: int):
+        self.tokenizer, self.settings = HuggingFace(file), settings
+        self.vocab = max(self.tokenizer.own, added)  # ids that texts are made of; a model's table may be longer
+        (row,), = self.windows(["a"], limit=None)
+        own = [i for i, of in enumerate(row.texts) if of == 0] or [len(row)]
+        self.before, self.after = tuple(row.ids[:own[0]]), tuple(row.ids[own[-1] + 1:])
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text by itself."""
+        with self._reading() as model:
+            return model.encode(text, add_special_tokens=False).ids
+
+    def windows(self, texts: list, *, limit: int | None, overlap: int = 0, cut: str = "longest_first"):
+        """For each text, or pair of texts, its Rows of at most `limit` tokens, neighbours sharing `overlap` tokens.
+
+        `cut` says which of a pair is cut: "only_first", "only_second" or "longest_first". ConfigError where what may
+        not be cut leaves no room.
+        """
+        with self._reading() as model:
+            if limit is not None:
+                _check_room(model, texts, limit, overlap, cut)
+                model.enable_truncation(limit, stride=overlap, strategy=cut)
+            found = model.encode_batch([text if isinstance(text, str) else tuple(text) for text in texts])
+        return [[_row(one) for one in (whole, *whole.overflowing)] for whole in found]
+
+    def special(self, name: str) -> int | None:
+        """The id of "mask_token" and its like; None if it has none."""
+        told = self.settings.get(name)
+        told = told["content"] if isinstance(told, dict) else told
+        found = (self.tokenizer.id(each) for each in ((told,) if told else NAMES[name]))
+        return next((id for id in found if id is not None), None)
+
+    @contextlib.contextmanager
+    def _reading(self):
+        """The package's tokenizer, to which a special token in a text is what it spells."""
+        model = self.tokenizer.model
+        model.encode_special_tokens = False
+        try:
+            yield model
+        finally:
+            model.encode_special_tokens = True
+            model.no_truncation()
+
+
+class Ends:
+    """Of a SentencePiece model: <s> before a text if it is a LLaMA's, </s> behind if it is a T5's."""
+
+    def __init__(self, file: bytes, settings: dict, added: int):
+        self.tokenizer, self.settings = Pieces(file), settings
+        self._model = model = self.tokenizer.model
+        self.vocab, llama = max(self.tokenizer.own, added), model.bos_id() >= 0
+        self.before = (model.bos_id(),) * settings.get("add_bos_token", llama)
+        self.after = (model.eos_id(),) * settings.get("add_eos_token", not llama)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).tolist()
+
+    def windows(self, texts: list, *, limit: int | None, overlap: int = 0, cut: str = "longest_first"):
+        """As those of a `Template`."""
+        return [list(self._windows(text, limit, overlap)) for text in texts]
+
+    def special(self, name: str) -> int | None:
+        return {"unk_token": self._model.unk_id()}.get(name)
+
+    def _windows(self, text, limit, overlap):
+        if not isinstance(text, str):
+            raise ConfigError("two texts at once need a tokenizer.json, which says how they are put together: this "
+                              "folder has a SentencePiece model alone")
+        found = self._model.encode(text, return_type="offset_mapping")
+        found = list(zip(found["ids"], found["offsets"]))
+        room = (limit or len(found) + 2) - len(self.before) - len(self.after)
+        if room <= overlap:
+            raise ConfigError(_no_room(limit, overlap))
+        for at in range(0, max(len(found) - overlap, 1), room - overlap):
+            part = found[at:at + room]
+            ids = [*self.before, *(id for id, _ in part), *self.after]
+            framed = lambda values, empty: [empty] * len(self.before) + values + [empty] * len(self.after)
+            yield Row(ids, [0] * len(ids), framed([span for _, span in part], (0, 0)),
+                      [None] * len(ids), framed([0] * len(part), None))
+
+
+Frame = Template | Ends
+KINDS = {"tokenizer.json": Template, "tokenizer.model": Ends, "spiece.model": Ends}
+
+
+def _added(folder: Path, settings: dict, more: dict) -> int:
+    """Where the ids end that a folder has added behind those of its file; 0 if it has added none."""
+    try:
+        return max(1 + int(id) for id in (-1, *(settings.get("added_tokens_decoder") or ()), *more.values()))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{folder} has an added token whose id is no number ({error}): fetch its added_tokens.json and "
+                        "tokenizer_config.json again") from error
+
+
+def _row(found) -> Row:
+    texts = [None if framing else text for text, framing in zip(found.sequence_ids, found.special_tokens_mask)]
+    return Row(found.ids, found.type_ids, found.offsets, found.word_ids, texts)
+
+
+def _check_room(model, texts, limit, overlap, cut):
+    """Refuse what the package would panic of, or fail at without a word."""
+    pairs = [text for text in texts if not isinstance(text, str)]
+    room = limit - model.num_special_tokens_to_add(bool(pairs))
+    if room <= overlap:
+        raise ConfigError(_no_room(limit, overlap))
+    if cut != "longest_first" and pairs:
+        whole, other = ([len(one) for one in model.encode_batch_fast(part, add_special_tokens=False)]
+                        for part in (zip(*pairs) if cut == "only_second" else reversed([*zip(*pairs)])))
+        if any(a + b > room and room - a <= overlap for a, b in zip(whole, other)):
+            raise ConfigError(_no_room(limit, overlap))
+
+
+def _no_room(limit, overlap) -> str:
+    shared = f" of which windows share {overlap}" if overlap else ""
+    return f"no room for a text in {limit} tokens{shared}: pass a shorter question, fewer shared tokens or more in all"
