@@ -61,12 +61,7 @@ class Loader:
         """(number of the source, row of that source) of each row of the run."""
         if len(k) and not (0 <= k.min() and k.max() < self.rows_needed):
             raise IndexError(f"row {k.max() if k.min() >= 0 else k.min()} of a run of {self.rows_needed} rows")
-        source, index = mixture.locate(self._stretches, k)
-        for s, rows in enumerate(self._sources):
-            here = source == s
-            if here.any():
-                index[here] = mixture.shuffled(index[here], len(rows), self._keys[s])
-        return source, index
+        return mixture.rows(self._stretches, k, sizes=self.sizes, keys=self._keys)
 
 
 def validation(store: Store, data: DataConfig, tag: str, *, batch: int, rows: int,

@@ -49,6 +49,17 @@ def schedule(rows: list[int], weights: tuple, *, epochs: tuple, needed: int) -> 
     return stretches
 
 
+def rows(stretches: list[Stretch], k: np.ndarray, *, sizes: list[int], keys: list[int]
+         ) -> tuple[np.ndarray, np.ndarray]:
+    """(source, row of that source) of the rows k; of each source its rows and the key of its shuffle."""
+    source, index = locate(stretches, k)
+    for s, (size, key) in enumerate(zip(sizes, keys)):
+        here = source == s
+        if here.any():
+            index[here] = shuffled(index[here], size, key)
+    return source, index
+
+
 def locate(stretches: list[Stretch], k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(source, how many of its rows came before) of the rows k."""
     source, index = np.empty(len(k), np.int64), np.empty(len(k), np.int64)
