@@ -1,12 +1,13 @@
 """Checkpoints: asynchronous, atomic, proven whole before they are believed, restored onto any mesh.
 
     <folder>/<step>/arrays/...          the state as nested dicts of arrays, by orbax
-    <folder>/<step>/MANIFEST.json       step, extra, shape and dtype of each leaf, size and SHA-256 of each file
+    <folder>/<step>/MANIFEST.json       step, extra, type and fingerprint of each leaf, size and SHA-256 of each file
 
 A checkpoint is written as `saving-<step>`, sealed with its manifest, and renamed when all of it has reached the disk: a
 folder named by a number is whole, or was damaged later. Orbax checks no sums and restores a flipped bit in silence, so
-every file is compared with the manifest before it is read. A damaged checkpoint is renamed `<step>.bad`, never deleted,
-and the one before it is taken. Of several processes each writes its shards; only process 0 judges, renames and deletes.
+every file is compared with the manifest before it is read, and then what lies on the devices with the fingerprints. A
+damaged checkpoint is renamed `<step>.bad`, never deleted, and the one before it is taken. Of several processes each
+writes its shards; only process 0 judges, renames and deletes.
 """
 
 import json
@@ -15,18 +16,19 @@ import math
 import re
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 
-from lm_jax import disk, faults, seal
+from lm_jax import disk, faults, fingerprint, hosts, seal
 from lm_jax.errors import ConfigError, Failure
 
-NONE, BAD = -1, -2  # what process 0 tells the others in place of a step
+FAILURES = 3  # saves in a row that may not fail
+SLOW = 10.0  # seconds after which a save is not waited for by the next one
 
 
 class CheckpointError(Failure, RuntimeError):
@@ -50,22 +52,31 @@ class Checkpoints:
         self._keep, self._spare = keep, spare
         self._say = say
         self._newest = None  # the step last saved or restored here; not asked of the disk, where processes may differ
-        self._thread = None
-        self._error = None
+        self._thread, self._began = None, 0.0
+        self._error, self._failed = None, 0  # of the last save, until it was told; and how many in a row
         logging.getLogger("absl").addFilter(_not_from_orbax)
+
+    def busy(self) -> bool:
+        """Whether the save before is a slow one, and still going on: to wait for it would hold up what is trained."""
+        slow = self._thread is not None and self._thread.is_alive() and time.monotonic() - self._began > SLOW
+        return self._told("busy", slow)
 
     def save(self, step: int, tree, extra: dict) -> bool:
         """Begin to save a pytree of arrays and a JSON-able dict; returns once the arrays are copied from the devices.
 
-        Waits for the save before, and raises its error. A step saved or restored just before is not saved again: False.
+        Waits for the save before. A step saved or restored just before is not saved again: False. Raises CopiesError
+        where devices that should hold the same do not.
         """
         if self._keep is None:
             raise ValueError(f"{self.folder} was opened for reading: pass keep= to save")
-        self.wait()
+        self._join()
+        self.poll()
+        self._newest = self._told("newest", self._newest)  # a save may have failed on process 0 alone
         if step == self._newest:
             return False
-        leaves = _named(tree)
-        body = {"step": step, "extra": json.loads(json.dumps(extra)), "leaves": _signature(leaves)}
+        leaves = fingerprint.named(tree)
+        body = {"step": step, "extra": json.loads(json.dumps(extra)), "leaves": _signature(leaves),
+                "fingerprints": fingerprint.of(leaves)}
         part = self.folder / f"saving-{step}"
         try:
             if jax.process_index() == 0:
@@ -77,52 +88,85 @@ class Checkpoints:
         except Exception as e:
             self._fail(step, part, e)
             self.poll()
+            return False
+        self._began = time.monotonic()
         self._thread = threading.Thread(target=self._finish, args=(step, part, body, checkpointer), name="checkpoint")
         self._thread.start()
         return True
 
-    def restore(self, like, *, partial: bool = False, most: float = math.inf):
+    def restore(self, like, *, partial: bool = False, most: float = math.inf, donate: bool = False):
         """(step, tree, extra) of the newest intact checkpoint of at most `most` steps, or None where none ever was.
 
         `like` is a pytree of arrays or ShapeDtypeStructs whose shardings say where the values go, on whatever mesh;
         leaves without one are replicated over the mesh in use, or on JAX's first device. `partial` allows `like` to ask
-        for fewer leaves than were saved. Raises ConfigError where names, shapes or dtypes differ, NoCheckpointError
-        where every checkpoint is damaged.
+        for fewer leaves than were saved. `donate` frees the arrays of `like` before others are read: a device need not
+        hold both. Raises ConfigError where names, shapes or dtypes differ, NoCheckpointError where every checkpoint is
+        damaged.
         """
-        self.wait()
-        step = self._agreed_step(most)
-        self._newest = step
-        if step is None:
-            return None
-        manifest = seal.read(self.folder / str(step))
-        leaves = {name: _placed(leaf) for name, leaf in _named(like).items()}
-        _compare(step, manifest["leaves"], _signature(leaves), partial=partial)
-        item = _nested(leaves)
-        args = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=partial)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            restored = _named(checkpointer.restore(self.folder / str(step) / "arrays", args=args))
-        tree = jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in leaves])
-        return step, tree, manifest["extra"]
+        self._join()
+        self.poll()
+        leaves = {name: _placed(leaf) for name, leaf in fingerprint.named(like).items()}
+        while (step := self._agreed_step(most)) is not None:
+            manifest = seal.read(self.folder / str(step))
+            _compare(step, manifest["leaves"], _signature(leaves), partial=partial)
+            for leaf in jax.tree.leaves(like) if donate else ():
+                leaf.delete()
+            restored = self._read(step, leaves, partial=partial)
+            found = fingerprint.of(restored)
+            if not (wrong := [name for name in found if found[name] != manifest["fingerprints"][name]]):
+                self._newest = step
+                tree = jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in leaves])
+                return step, tree, manifest["extra"]
+            if jax.process_index() == 0:
+                self._quarantine(self.folder / str(step), f"{wrong[0]} came to the devices with another fingerprint")
+        return None
+
+    def forget(self, step: int):
+        """Remove the checkpoints after a step, as what comes after it will be another."""
+        if jax.process_index() == 0:
+            for later in [at for at in self.steps() if at > step]:
+                self._remove(self.folder / str(later))
 
     def steps(self) -> list[int]:
         """Steps with a manifest, oldest first, as the disk has them now."""
         return [int(path.name) for path in self._numbered() if (path / seal.NAME).is_file()]
 
     def poll(self):
-        """Raise the error of a save in the background, if it has failed by now."""
+        """Say it if a save in the background has failed by now; raise the error where too many in a row have."""
+        if self._error:
+            if self._failed == FAILURES:
+                self._raise()
+            self._say(f"warning: {self._error}. Training goes on; {FAILURES} failures in a row end it")
+            self._error = None
+
+    def wait(self):
+        """Return when nothing is being saved; raises the error of the last save."""
+        self._join()
+        self._raise()
+
+    def close(self):
+        self.wait()
+
+    def _join(self):
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _raise(self):
         if self._error:
             error, self._error = self._error, None
             raise error
 
-    def wait(self):
-        """Return when nothing is being saved; raises the error of the last save."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        self.poll()
+    def _told(self, name: str, value):
+        """What process 0 has, where others may have something else."""
+        return json.loads(hosts.exchange(name, json.dumps(value))[0])
 
-    def close(self):
-        self.wait()
+    def _read(self, step, leaves, *, partial) -> dict:
+        item = _nested(leaves)
+        args = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=partial)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(self.folder / str(step) / "arrays", args=args)
+        return fingerprint.named(restored)
 
     def _finish(self, step, part, body, checkpointer):
         """The background's share: the rest of the arrays, the manifest, the rename, the oldest one's end."""
@@ -138,7 +182,7 @@ class Checkpoints:
                 disk.sync(self.folder)
                 for old in [at for at in self.steps() if at != self._spare][:-self._keep]:
                     self._remove(self.folder / str(old))
-            self._newest = step
+            self._newest, self._failed = step, 0
         except BaseException as e:
             self._fail(step, part, e)
 
@@ -148,6 +192,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             shutil.rmtree(part, ignore_errors=True)
         cause = " ".join(str(error).split())[-200:]  # orbax names the system's error last
+        self._failed += 1
         self._error = CheckpointError(f"checkpoint {step} was not saved in {self.folder}, where {free:.0f} MiB were "
                                       "free. Those before it are intact, and a restart goes on from them. "
                                       f"{type(error).__name__}: ...{cause}")
@@ -155,18 +200,16 @@ class Checkpoints:
 
     def _agreed_step(self, most) -> int | None:
         """What process 0 finds, told to all."""
-        code, problem = 0, "process 0 found no intact checkpoint"
+        step, problem = None, ""
         if jax.process_index() == 0:
             try:
                 step = self._newest_intact(most)
-                code = NONE if step is None else step
             except NoCheckpointError as e:
-                code, problem = BAD, str(e)
-        if jax.process_count() > 1:
-            code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
-        if code == BAD:
+                problem = str(e)
+        step, problem = self._told("restore", (step, problem))
+        if problem:
             raise NoCheckpointError(problem)
-        return None if code == NONE else code
+        return step
 
     def _newest_intact(self, most) -> int | None:
         damaged = list(self.folder.glob("*.bad*"))
@@ -234,15 +277,6 @@ def _placed(leaf):
     elif isinstance(getattr(sharding, "mesh", None), AbstractMesh):  # as jax.eval_shape gives it
         sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _named(tree) -> dict:
-    """"/"-joined path -> leaf, in the tree's order, whatever the tree is made of."""
-    pairs = jax.tree_util.tree_leaves_with_path(tree)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
-    if len(leaves) != len(pairs):
-        raise ValueError("two leaves of the tree have one name: keep '/' out of its keys")
-    return leaves
 
 
 def _nested(leaves) -> dict:

@@ -1,4 +1,4 @@
-"""Fingerprints of arrays: 64 bits that are the same however an array lies on its devices, and change with any bit of it.
+"""Fingerprints of arrays: 64 bits, the same however an array lies on its devices, and others with any bit of it.
 
 Each word of an array is mixed with its place in the whole array, and the sum of all, modulo 2**32, is taken twice with
 two mixes. A sum knows no order: one, four and eight devices get the same, and two that should hold the same part of an
@@ -67,10 +67,10 @@ def _told(name: str, copies: dict) -> str:
         groups.setdefault(found, []).append(f"{device} of process {device.process_index}")
     *few, most = sorted(groups.values(), key=len)
     wrong = ", ".join(device for group in few for device in group)
-    doubt = " (or they: no majority says who is right)" if len(few[-1]) == len(most) else ""
-    return (f"{wrong} does not hold the bits of {name} that {', '.join(most)} do{doubt}: something was kept or computed "
-            "wrong in silence. Nothing of it is saved; the same command goes on from the last checkpoint, best without "
-            "that device")
+    doubt = " (or they do not: there is no majority)" if len(few[-1]) == len(most) else ""
+    return (f"{wrong} does not hold the bits of {name} that {', '.join(most)} do{doubt}: something was kept or "
+            "computed wrong in silence. Nothing of it is saved; the same command goes on from the last checkpoint, "
+            "best without that device")
 
 
 @functools.lru_cache(maxsize=8)
@@ -105,8 +105,9 @@ def _sums(x, shape, start):
     place = jnp.zeros(words.shape, jnp.uint32)
     for d, (size, at) in enumerate(zip((*shape, *words.shape[x.ndim:]), (*start, 0))):
         place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, d) + jnp.uint32(at)
-    one, two = _mixed(words ^ _mixed(place)), _mixed(words + _mixed(~place))
-    return jnp.stack([one.sum(dtype=jnp.uint32), two.sum(dtype=jnp.uint32)])
+    mixes, zero = (_mixed(words ^ _mixed(place)), _mixed(words + _mixed(~place))), np.uint32(0)
+    add = lambda a, b: (a[0] + b[0], a[1] + b[1])
+    return jnp.stack(jax.lax.reduce(mixes, (zero, zero), add, range(words.ndim)))  # in one pass
 
 
 def _words(x):

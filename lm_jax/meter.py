@@ -26,7 +26,7 @@ class Meter:
     clock: Clock
     seconds: float = 0.0  # spent in steps, those before a restart included
     compile_seconds: float = 0.0  # until the first step was on its way
-    streak: int = 0  # updates refused in a row, as of the last step read
+    burst: tuple[int, int] | None = None  # first and last update of a burst of refused ones, once one was read
     _wait: float = 0.0
     _pending: tuple | None = None
     _last: float = field(default_factory=time.perf_counter)
@@ -53,6 +53,11 @@ class Meter:
         self._read(self._pending)
         self._pending = None
 
+    def back(self, log: Log, seconds: float):
+        """The run goes on from an earlier step, before which it took so many seconds: what was sent is not read."""
+        self.log, self.seconds, self.burst, self._pending = log, seconds, None, None
+        self.restart()
+
     def restart(self):
         """Do not count what a hook took as time of a step."""
         self._last = time.perf_counter()
@@ -70,7 +75,8 @@ class Meter:
     def record(self, step: int, numbers: dict, seconds: float, wait: float):
         """Write a step's row."""
         self.seconds += seconds
-        self.streak = int(numbers.pop("streak"))
+        burst = int(numbers.pop("burst_first")), int(numbers.pop("burst_last"))
+        self.burst = self.burst or (burst if burst[0] >= 0 else None)  # the first one seen: a restart sees the same
         if step % self.every == 0 or step == 1:
             row = (numbers | {"tokens": step * self.tokens} | self.derived(numbers)
                    | self._rates(seconds, wait))
@@ -101,7 +107,7 @@ class Profile:
             jax.profiler.stop_trace()
 
     def before(self, step: int):
-        if step == self.first:
+        if step == self.first and not self.running:
             jax.profiler.start_trace(self.folder)
             self.running = True
 

@@ -18,6 +18,7 @@ import optax
 from lm_jax.config import ConfigError, OptimConfig
 
 WINDOW = 128  # accepted losses from which a spike is told
+BURST, SPAN = 4, 50  # so many refused updates among so many are no accident
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz polynomial of Muon (Jordan 2024)
 
 
@@ -27,7 +28,7 @@ class State(NamedTuple):
     inner: Any  # of the optax chain
     accepted: jax.Array  # updates made; the schedule's step
     skipped: jax.Array  # updates refused since the start
-    streak: jax.Array  # and in a row, up to now: a run whose every update is refused is diverged
+    refused: jax.Array  # numbers, from 0, of the last BURST of them, a ring; -1 where there were fewer
     window: jax.Array  # the last WINDOW accepted losses, a ring
     ema: Any  # average of the weights, or () without
 
@@ -55,6 +56,12 @@ def ema_params(state: State):
     if state.ema == ():
         raise ValueError("no average of the weights is kept: set optim.ema, e.g. to 0.999")
     return state.ema
+
+
+def burst(state: State) -> jax.Array:
+    """Numbers of the first and the last update of a burst, which is BURST refused ones among SPAN; else (-1, -1)."""
+    first, last = state.refused.min(), state.refused.max()
+    return jnp.where((first >= 0) & (last - first < SPAN), jnp.stack([first, last]), -1)
 
 
 def schedule(o: OptimConfig, steps: int) -> Callable[[Any], jax.Array]:
@@ -188,9 +195,9 @@ def _guarded(tx, o):
     """Clip by global norm, then `tx`, then the average of the weights; all of it only where the update is accepted."""
 
     def init(params):
-        counts = (jnp.zeros([], jnp.int32) for _ in range(3))  # three buffers, so that a step may be given all to reuse
+        counts = (jnp.zeros([], jnp.int32) for _ in range(2))  # two buffers, so that a step may be given both to reuse
         ema = jax.tree.map(jnp.copy, params) if o.ema else ()
-        return State(tx.init(params), *counts, jnp.zeros([WINDOW], jnp.float32), ema)
+        return State(tx.init(params), *counts, jnp.full([BURST], -1, jnp.int32), jnp.zeros([WINDOW], jnp.float32), ema)
 
     def update(grads, state, params, *, loss, **_):
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
@@ -202,10 +209,12 @@ def _guarded(tx, o):
         count = state.accepted + 1
         average = (1 - o.ema) / -jnp.expm1(count * jnp.log(o.ema)) if o.ema else 1.0  # first 1: the start is forgotten
         moved = State(
-            inner, count, state.skipped, jnp.zeros_like(state.streak),
+            inner, count, state.skipped, state.refused,
             window=jnp.where(jnp.arange(WINDOW) == state.accepted % WINDOW, loss, state.window),
             ema=jax.tree.map(lambda e, p, u: e + average * (p + u - e), state.ema, params, updates) if o.ema else ())
-        stayed = state._replace(skipped=state.skipped + 1, streak=state.streak + 1)
+        latest = jnp.arange(BURST) == state.skipped % BURST
+        stayed = state._replace(skipped=state.skipped + 1,
+                                refused=jnp.where(latest, state.accepted + state.skipped, state.refused))
         return updates, jax.tree.map(lambda a, b: jnp.where(good, a, b), moved, stayed)
 
     return optax.GradientTransformationExtraArgs(init, update)

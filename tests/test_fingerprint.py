@@ -86,5 +86,5 @@ def test_two_that_differ_are_both_named():
         copies[0] += 1
         put = [jax.device_put(copy, shard.device) for copy, shard in zip(copies, array.addressable_shards)]
         struck = jax.make_array_from_single_device_arrays(array.shape, array.sharding, put)
-        with pytest.raises(fingerprint.CopiesError, match="no majority says who is right"):
+        with pytest.raises(fingerprint.CopiesError, match="there is no majority"):
             fingerprint.of({"a": struck})

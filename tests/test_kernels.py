@@ -10,7 +10,7 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
 import tiny
-from lm_jax import hosts, losses, optim, parallel, trainer
+from lm_jax import hosts, losses, optim, parallel, update
 from lm_jax.config import ConfigError, MeshConfig, OptimConfig
 from lm_jax.devices import TABLE
 from lm_jax.models import cudnn, kernels, ring, splash
@@ -306,9 +306,9 @@ def test_many_steps_on_a_ring_are_those_without_one():
         with jax.sharding.set_mesh(mesh):
             model = make(cfg, seed=0)
             tx = optim.make(o, 30, kinds(model))
-            step = trainer.make_step(losses.next_token, tx, optim.schedule(o, 30), microbatches=1)
+            step = update.make_step(losses.next_token, tx, optim.schedule(o, 30), microbatches=1)
             step = jax.jit(step, compiler_options=tiny.QUICK)
-            state, found = trainer.begin(model, tx), []
+            state, found = update.begin(model, tx), []
             for seed in range(30):
                 state, metrics = step(state, hosts.put_batch(tiny.rows(seed)), jax.random.key(0))
                 found.append(metrics["loss"])

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 import tiny
-from lm_jax import checkpoint, hosts, losses, optim, parallel, trainer
+from lm_jax import checkpoint, hosts, losses, optim, parallel, update
 from lm_jax.config import MeshConfig, OptimConfig
 from lm_jax.models.layers import kinds
 from lm_jax.models.transformer import Transformer
@@ -79,7 +79,7 @@ def test_on_one_mesh_a_run_gone_on_is_the_unbroken_one_bit_for_bit(tmp_path):
         saved(tmp_path, run.first[0])
         state, metrics = run.step(restored(tmp_path, run.begun), batches("decoder")[1])
         assert numbers(metrics) == run.second[1]
-        jax.tree.map(np.testing.assert_array_equal, *(trainer.parameters(s.model) for s in (state, run.second[0])))
+        jax.tree.map(np.testing.assert_array_equal, *(update.parameters(s.model) for s in (state, run.second[0])))
 
 
 class Run:
@@ -89,9 +89,9 @@ class Run:
         self.family, o = family, OptimConfig(warmup=1, eps=1e-3)  # else Adam takes the sign of zero gradients' noise
         model = placed(tiny.model(family, **FAMILIES[family] | asked))
         tx = optim.make(o, 3, kinds(model))
-        step = trainer.make_step(losses.next_token, tx, optim.schedule(o, 3), microbatches=parts)
+        step = update.make_step(losses.next_token, tx, optim.schedule(o, 3), microbatches=parts)
         self.compiled = jax.jit(step, compiler_options=tiny.QUICK)
-        self.begun = trainer.begin(model, tx)
+        self.begun = update.begin(model, tx)
         state, metrics = self.step(self.begun, batches(family)[0])
         self.first = state, numbers(metrics)
 
@@ -140,13 +140,13 @@ def same(state, other):
     def close(a, b):
         a, b = np.asarray(a), np.asarray(b)
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
-    jax.tree.map(close, trainer.parameters(state.model), trainer.parameters(other.model))
+    jax.tree.map(close, update.parameters(state.model), update.parameters(other.model))
 
 
 def assert_optimizer_lies_as_the_weights_do(state):
     name = jax.tree_util.keystr
     where = {name(path): a.sharding.spec for path, a in
-             jax.tree_util.tree_leaves_with_path(trainer.parameters(state.model))}
+             jax.tree_util.tree_leaves_with_path(update.parameters(state.model))}
     moments = [(name(path), a) for path, a in jax.tree_util.tree_leaves_with_path(state.opt.inner) if a.ndim]
     assert len(moments) == 2 * len(where)
     for path, a in moments:
@@ -172,12 +172,12 @@ def assert_goes_on(run: Run, folder, expected):
 
 def saved(folder, state):
     with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as files:
-        files.save(1, trainer.saved(state), {})
+        files.save(1, update.saved(state), {})
         files.wait()
 
 
 def restored(folder, like):
     with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as files:
-        _, tree, _ = files.restore(trainer.saved(like))
-    return trainer.resumed(like, tree)
+        _, tree, _ = files.restore(update.saved(like))
+    return update.resumed(like, tree)
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import tiny
-from lm_jax import config, parallel, trainer
+from lm_jax import config, parallel, update
 from lm_jax.config import ConfigError, MeshConfig
 from lm_jax.models.transformer import make
 from lm_jax.preflight import program
@@ -55,7 +55,7 @@ def test_every_config_traces_on_its_mesh(path, platform):
     same = lambda old, new: (old.shape, old.dtype, old.sharding.spec) == (new.shape, new.dtype, new.sharding.spec)
     jax.tree.map(lambda old, new: same(old, new) or pytest.fail(f"{new} after a step on {old}"), traced.state, state)
     if path.stem in LARGE:
-        sizes, params = dict(mesh.shape), jax.tree.leaves(trainer.parameters(state.model))
+        sizes, params = dict(mesh.shape), jax.tree.leaves(update.parameters(state.model))
         held = sum(w.size // held_by(w.sharding.spec, sizes) for w in params)
         assert held < 1.05 * sum(w.size for w in params) / (sizes["fsdp"] * sizes["model"])
 

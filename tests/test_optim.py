@@ -185,10 +185,10 @@ def test_a_refused_update_leaves_everything_as_if_it_had_never_been(name):
         poison = g | {"norm": g["norm"].at[0, 0].set(entry)}
         skipped = step(*dirty, poison, jnp.float32(loss))
         assert _same(skipped[0], dirty[0]) and _same(_memory(skipped[1]), _memory(dirty[1]))
-        assert int(skipped[1].streak) == 1
         dirty = step(*skipped, g, jnp.float32(1.0))
     assert _same(dirty[0], clean[0]) and _same(_memory(dirty[1]), _memory(clean[1]))
-    assert (int(dirty[1].accepted), int(dirty[1].skipped), int(dirty[1].streak)) == (3, 3, 0)
+    assert (int(dirty[1].accepted), int(dirty[1].skipped)) == (3, 3) and list(dirty[1].refused) == [0, 2, 4, -1]
+    assert list(optim.burst(dirty[1])) == [-1, -1]
 
 
 def test_a_spike_is_told_from_the_last_128_accepted_losses():
@@ -209,6 +209,16 @@ def test_a_spike_is_told_from_the_last_128_accepted_losses():
         state = step(*state, grads, jnp.float32(loss))
     assert int(state[1].skipped) == 1 and int(state[1].accepted) == 300
     np.testing.assert_allclose(np.sort(state[1].window), np.sort(losses[-128:]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("refused, found", [((0, 1, 2, 3), (0, 3)), ((5, 7, 30, 54), (5, 54)), ((3, 60, 61), (-1, -1)),
+                                            ((5, 7, 30, 55), (-1, -1)), ((3, 60, 61, 62, 80), (60, 80))])
+def test_a_burst_is_four_refusals_among_fifty_updates(refused, found):
+    step, weights = _step(OptimConfig(name="lion")), _float32(_weights())
+    state = (weights, _make(OptimConfig(name="lion")).init(weights))
+    for at in range(max(refused) + 1):
+        state = step(*state, weights, jnp.float32(jnp.nan if at in refused else 1.0))
+    assert tuple(optim.burst(state[1]).tolist()) == found
 
 
 def test_the_average_of_the_weights_has_no_memory_of_the_start():
@@ -292,7 +302,7 @@ def _each(function, kinds, *trees):
 
 def _memory(state):
     """All of the state but the counters of skips."""
-    return state._replace(skipped=0, streak=0)
+    return state._replace(skipped=0, refused=0)
 
 
 def _float32(tree):

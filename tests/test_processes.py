@@ -15,7 +15,7 @@ import jax
 import pytest
 import tiny
 
-from lm_jax import config, hosts, optim, parallel, trainer
+from lm_jax import config, hosts, optim, parallel, update
 from lm_jax.config import MeshConfig
 from lm_jax.data import store
 from lm_jax.models.layers import kinds
@@ -189,8 +189,8 @@ def numbers(root) -> list[float]:
     recipe = pretrain.Pretraining(c, store.prepare(c.data, say=lambda line: None))
     plan, model = recipe.recipe(), recipe.model()
     tx, rate = optim.make(c.optim, c.train.steps, kinds(model)), optim.schedule(c.optim, c.train.steps)
-    state, found = trainer.begin(model, tx), []
-    step = jax.jit(trainer.make_step(plan.loss, tx, rate), compiler_options=tiny.QUICK)
+    state, found = update.begin(model, tx), []
+    step = jax.jit(update.make_step(plan.loss, tx, rate), compiler_options=tiny.QUICK)
     with plan.batches(0) as batches:
         for k in range(3):
             state, metrics = step(state, hosts.put_batch(next(batches), c.train.batch), jax.random.key(k))

@@ -1,6 +1,7 @@
 """The trainer's promises: any cut of a batch is one step, a stopped run an unbroken one, bad updates change nothing."""
 
 import contextlib
+import json
 import os
 import signal
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lm_jax import config, hosts, losses, optim, parallel, trainer
+from lm_jax import config, fingerprint, hosts, losses, optim, parallel, trainer, update
 from lm_jax.config import ConfigError, OptimConfig
 from lm_jax.models import transformer
 from lm_jax.models.layers import kinds
@@ -23,12 +24,17 @@ def stepper(family="decoder", *, microbatches=1, **knobs):
     model = transformer.make(tiny.settings(family), seed=0)
     o = OptimConfig(warmup=2, **knobs)
     tx = optim.make(o, STEPS, kinds(model))
-    step = trainer.make_step(losses.next_token, tx, optim.schedule(o, STEPS), microbatches=microbatches)
-    return trainer.begin(model, tx), jax.jit(step)
+    step = update.make_step(losses.next_token, tx, optim.schedule(o, STEPS), microbatches=microbatches)
+    return update.begin(model, tx), jax.jit(step)
 
 
 def flat(tree):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def same(one, other):
+    for (name, a), b in zip(flat(one).items(), flat(other).values(), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
 
 
 def batches(seed=0, *, family="decoder"):
@@ -46,7 +52,7 @@ def test_microbatches_are_the_same_step_as_the_whole_batch(family):
     (whole, whole_metrics), (cut, cut_metrics) = results
     for name in ("loss", "grad_norm", "update_norm"):
         np.testing.assert_allclose(cut_metrics[name], whole_metrics[name], rtol=1e-5)
-    after, before = trainer.parameters(whole.model), trainer.parameters(cut.model)
+    after, before = update.parameters(whole.model), update.parameters(cut.model)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after, before)
 
 
@@ -68,28 +74,39 @@ def test_a_poisoned_batch_changes_nothing_but_the_counts(poison):
     bad["weights"] = bad["weights"].copy()
     bad["weights"][0, 0] = poison
     after, metrics = step(state, bad, jax.random.key(1))
-    assert metrics["skipped"] == 1 and metrics["streak"] == 1 and after.step == state.step + 1
+    assert metrics["skipped"] == 1 and metrics["burst_first"] == -1 and after.step == state.step + 1
     for (name, a), b in zip(flat((state.model, state.opt)).items(), flat((after.model, after.opt)).values()):
-        if "skipped" not in name and "streak" not in name:
+        if "skipped" not in name and "refused" not in name:
             np.testing.assert_array_equal(a, b, err_msg=name)
     clean, _ = step(after, batches(2), jax.random.key(2))
     never, _ = step(state, batches(2), jax.random.key(2))
-    jax.tree.map(np.testing.assert_array_equal, trainer.parameters(clean.model), trainer.parameters(never.model))
+    jax.tree.map(np.testing.assert_array_equal, update.parameters(clean.model), update.parameters(never.model))
 
 
-def run(path, *, stop_at=None, data="d", steps=STEPS, loss=losses.next_token, start=None, weights=(), **optimizer):
-    """A run of the Trainer in a folder, stopped by a real SIGTERM after `stop_at` steps; (status, trainer)."""
+def run(path, *, stop_at=None, data="d", steps=STEPS, loss=losses.next_token, start=None, weights=(), bad=(), train=(),
+        order=lambda at: at, die_at=None, **optimizer):
+    """A run of the Trainer in a folder, stopped by a real SIGTERM after `stop_at` steps; (status, trainer).
+
+    Its batches have the numbers `order` of 0, 1, ...; those `bad` give no finite gradients. At `die_at`, (a step, how
+    many rollbacks before it), it ends by a KeyError.
+    """
     c = config.default()
-    c.train.update(steps=steps, batch=8, checkpoint_every=4, loggers="")
+    c.train.update(dict(steps=steps, batch=8, checkpoint_every=4, loggers="") | dict(train))
     c.optim.update(dict(warmup=2, ema=0.9, spike=5.0) | optimizer)
     c.data.weights = weights
     c = config.resolve(c)
 
-    @contextlib.contextmanager
+    def made(number):
+        batch = batches(number)
+        return batch | ({"weights": np.full_like(batch["weights"], np.nan)} if number in bad else {})
+
     def source(first):
-        yield (batches(step) for step in range(first, steps))
+        return contextlib.nullcontext(made(order(at) % steps) for at in range(first, first + steps))
 
     def kill(run):
+        if (run.done, len(run.rollbacks)) == die_at:
+            run.checkpoints.wait()
+            raise KeyError
         if run.done == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -113,8 +130,7 @@ def test_a_run_that_is_stopped_and_started_again_is_bitwise_the_unbroken_one(tmp
     assert status == "stopped" and part.done in (3, 4), "a signal is honoured at the next step"
     status, again = run(tmp_path / "part")
     assert status == "ok" and again.done == STEPS
-    for (name, a), b in zip(flat(whole.state).items(), flat(again.state).values()):
-        np.testing.assert_array_equal(a, b, err_msg=name)
+    same(whole.state, again.state)
     rows = [[line.split('"tokens"')[0] for line in (tmp_path / name / "metrics.jsonl").open()]
             for name in ("whole", "part")]
     assert rows[0] == rows[1] and len(rows[0]) == STEPS, "each step's numbers are there once, and the same"
@@ -130,8 +146,7 @@ def test_a_longer_run_that_starts_from_a_shorter_ones_trunk_is_bitwise_what_it_w
     assert status == "stopped" and branch.begun == trunk
     status, branch = run(tmp_path / "branch", steps=24, start=tmp_path / "short", **wsd)
     assert status == "ok" and branch.begun == trunk, "what it began as is known after a restart"
-    for (name, a), b in zip(flat(whole.state).items(), flat(branch.state).values()):
-        np.testing.assert_array_equal(a, b, err_msg=name)
+    same(whole.state, branch.state)
     rows = [[line.split('"tokens"')[0] for line in (tmp_path / name / "metrics.jsonl").open()]
             for name in ("whole", "branch")]
     assert rows[0] == rows[1] and len(rows[0]) == 24, "the trunk's rows are the branch's too"
@@ -159,22 +174,69 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
         run(tmp_path, data="e")
 
 
-def test_a_run_whose_every_update_is_refused_is_diverged(tmp_path):
-    def broken(model, batch, key):
-        metrics = losses.next_token(model, batch, key)
-        return {name: trainer.Mean(mean.total * np.nan, mean.weight) for name, mean in metrics.items()}
+BAD = (9, 10, 12, 13)  # the updates 10 to 14 have four that are refused, and there is a checkpoint of step 8
 
-    status, it = run(tmp_path, steps=trainer.PATIENCE + 10, loss=broken)
-    assert status == "diverged" and it.done <= trainer.PATIENCE + 2
+
+def test_a_run_goes_back_to_before_a_burst_of_refused_updates_and_skips_its_batches(tmp_path):
+    status, it = run(tmp_path / "a", steps=20, bad=BAD)
+    assert status == "ok" and it.done == 20 and it.rollbacks == [{"from": 14, "to": 8}] and it.skipped == 6
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [*range(1, 21)] and not any(row["skipped"] for row in rows)
+    assert it.checkpoints.steps() == [16, 20]
+    status, never = run(tmp_path / "b", steps=20, order=lambda at: at if at < 8 else at + 6)
+    assert status == "ok" and not never.rollbacks
+    same(it.state, never.state)
+    status, few = run(tmp_path / "few", steps=20, bad=BAD[:3])
+    assert status == "ok" and not few.rollbacks and int(few.state.opt.skipped) == 3, "one fewer is no burst"
+
+
+def test_a_kill_around_a_rollback_changes_nothing(tmp_path):
+    _, whole = run(tmp_path / "whole", steps=20, bad=BAD)
+    for i, die_at in enumerate([(13, 0), (11, 1)]):
+        with pytest.raises(KeyError):
+            run(tmp_path / str(i), steps=20, bad=BAD, die_at=die_at)
+        status, again = run(tmp_path / str(i), steps=20, bad=BAD)
+        assert status == "ok" and again.rollbacks == whole.rollbacks
+        same(whole.state, again.state)
+    status, part = run(tmp_path / "part", steps=20, bad=BAD, stop_at=12)
+    assert status == "stopped" and part.done in (12, 13)
+    status, again = run(tmp_path / "part", steps=20, bad=BAD)
+    assert status == "ok" and again.rollbacks == whole.rollbacks
+    same(whole.state, again.state)
+
+
+@pytest.mark.parametrize("rollbacks", [0, 2])
+def test_a_run_that_went_back_too_often_is_diverged_and_stays_so(tmp_path, rollbacks):
+    bad = range(9, 10_000)
+    status, it = run(tmp_path, steps=40, bad=bad, train={"rollbacks": rollbacks})
+    assert status == "diverged" and len(it.rollbacks) == rollbacks
+    status, again = run(tmp_path, steps=40, bad=bad, train={"rollbacks": rollbacks})
+    assert status == "diverged" and again.done == it.done and again.rollbacks == it.rollbacks
+    status, more = run(tmp_path, steps=40, bad=bad, train={"rollbacks": rollbacks + 1})
+    assert status == "diverged" and len(more.rollbacks) == rollbacks + 1, "unless it is told to"
+
+
+def test_a_burst_before_the_first_checkpoint_is_diverged(tmp_path):
+    status, it = run(tmp_path, steps=20, bad=range(20))
+    assert status == "diverged" and it.done <= 6
+
+
+def test_devices_whose_copies_differ_end_the_run_before_they_are_saved(tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_JAX_FAULTS", "flip@step=7:device=5")
+    with jax.set_mesh(parallel.make_mesh(config.MeshConfig(data=4, fsdp=1, model=2))):
+        with pytest.raises(fingerprint.CopiesError, match="does not hold the bits of") as told:
+            run(tmp_path, steps=20, train={"compare_every": 3, "checkpoint_every": 8})
+    assert told.value.code == 77 and str(told.value).startswith(str(jax.devices()[5]))
+    assert not (tmp_path / "checkpoints" / "8").exists()
 
 
 def test_the_average_of_the_weights_is_what_is_evaluated():
     state, step = stepper(ema=0.5)
     for seed in range(3):
         state, _ = step(state, batches(seed), jax.random.key(seed))
-    shown = trainer.parameters(trainer.evaluated(state))
+    shown = update.parameters(update.evaluated(state))
     jax.tree.map(np.testing.assert_array_equal, shown, optim.ema_params(state.opt))
-    differs = jax.tree.map(lambda a, b: bool(np.any(a != b)), shown, trainer.parameters(state.model))
+    differs = jax.tree.map(lambda a, b: bool(np.any(a != b)), shown, update.parameters(state.model))
     assert any(jax.tree.leaves(differs))
 
 

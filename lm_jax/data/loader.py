@@ -41,9 +41,10 @@ class Loader:
         return self.rows(step * self.batch_size + (np.arange(self.batch_size) if here is None else here))
 
     def stream(self, step: int, here: np.ndarray | None = None, *, depth: int = 2) -> "Stream":
-        """Batches from `step` to the end of the run, made `depth` ahead by a thread; use it in a `with`."""
-        steps = range(step, self.rows_needed // self.batch_size)
-        return Stream((self.batch(at, here) for at in steps), depth)
+        """Batches from `step` on, made `depth` ahead by a thread; use it in a `with`. After the run's last one its
+        first ones come again, in place of those that a run skipped."""
+        steps = self.rows_needed // self.batch_size
+        return Stream((self.batch(at % steps, here) for at in range(step, step + steps)), depth)
 
     def rows(self, k: np.ndarray) -> dict:
         """Rows of any numbers, as a batch."""

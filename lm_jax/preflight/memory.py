@@ -12,7 +12,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from lm_jax import losses, parallel, trainer
+from lm_jax import losses, parallel, update
 from lm_jax.config import Config
 from lm_jax.models import flops
 from lm_jax.preflight import program
@@ -26,7 +26,7 @@ WRITTEN = 0.45  # of what a layer computes again, the share that XLA writes out;
 def estimate(config: Config, mesh) -> dict[str, int]:
     """Bytes a device by part, and their "total": the predicted peak of a step on `mesh`, abstract or of devices."""
     step, part = program.abstract(config, mesh), _microbatch(config)
-    weights = held(trainer.parameters(step.state.model))
+    weights = held(update.parameters(step.state.model))
     own, outer = _layer(part, mesh, config.model.remat)
     again = max(0, _layer(part, mesh, "none")[0] - own) * WRITTEN
     cast = 0 if config.model.dtype == "float32" else weights // 2  # shards in bfloat16, made once for all layers
@@ -47,10 +47,10 @@ def residuals(config: Config, mesh) -> list:
     step = program.abstract(config, mesh)
 
     def kept(model, batch, key):
-        params = trainer.parameters(model)
+        params = update.parameters(model)
 
         def scored(params):
-            metrics = step.loss(trainer.with_parameters(model, params), batch, key)
+            metrics = step.loss(update.with_parameters(model, params), batch, key)
             return metrics["objective"].total, metrics
 
         _, backward, _ = jax.vjp(scored, params, has_aux=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from lm_jax import losses, optim, parallel, trainer
+from lm_jax import losses, optim, parallel, update
 from lm_jax.config import Config
 from lm_jax.models.layers import kinds
 from lm_jax.models.transformer import Transformer
@@ -22,7 +22,7 @@ class Program:
 
     loss: Callable
     step: Callable
-    state: trainer.State
+    state: update.State
     batch: dict
     key: Any
 
@@ -34,8 +34,8 @@ def abstract(config: Config, mesh) -> Program:
         make = lambda: Transformer(config.model, rngs=nnx.Rngs(0))
         tx = optim.make(config.optim, c.steps, kinds(jax.eval_shape(make)))
         loss = partial(losses.next_token, z_loss=c.z_loss, smoothing=c.smoothing)
-        step = trainer.make_step(loss, tx, optim.schedule(config.optim, c.steps), microbatches=c.microbatches)
-        state = jax.eval_shape(lambda: trainer.begin(make(), tx))
+        step = update.make_step(loss, tx, optim.schedule(config.optim, c.steps), microbatches=c.microbatches)
+        state = jax.eval_shape(lambda: update.begin(make(), tx))
         types = state, batch(config), jax.eval_shape(lambda: jax.random.key(0))
     return Program(loss, step, *parallel.on_mesh(types, mesh))
 

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import jax
 import numpy as np
 
-from lm_jax import hosts, losses, parallel, trainer
+from lm_jax import hosts, losses, parallel, trainer, update
 from lm_jax.batch import Loss
 from lm_jax.config import Config, ConfigError
 from lm_jax.data import examples, tokenizer
@@ -128,7 +128,7 @@ def evaluate_every(config: Config, evaluation: Evaluation) -> Every:
     def do(run: trainer.Trainer):
         if run.done < config.train.steps:
             with run.clock.phase("evaluation"):
-                record(run, evaluation(trainer.evaluated(run.state), config.train.eval_rows))
+                record(run, evaluation(update.evaluated(run.state), config.train.eval_rows))
 
     return Every(config.train.eval_every, do)
 

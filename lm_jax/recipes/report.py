@@ -64,7 +64,7 @@ def summary(recipe: Pretraining, run, status: str, results: dict, wall: float) -
     return {"status": status, "steps": run.done, "tokens": run.done * run.recipe.tokens,
             "flops": run.done * run.recipe.flops, "flops_spent": (run.done - run.begun) * run.recipe.flops,
             "epochs": run.done * recipe.config.train.batch / recipe.rows_available, "seconds": run.meter.seconds,
-            "compile_seconds": run.meter.compile_seconds,
+            "compile_seconds": run.meter.compile_seconds, "rollbacks": run.rollbacks, "saves_left_out": run.unsaved,
             "wall_seconds": wall, **run.clock.account(), **final,
             "validation": results, **beside}
 

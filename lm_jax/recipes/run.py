@@ -3,7 +3,7 @@
 import math
 import time
 
-from lm_jax import hosts, parallel, plots, trainer
+from lm_jax import hosts, parallel, plots, trainer, update
 from lm_jax.clock import Clock
 from lm_jax.config import Config, to_dict
 from lm_jax.data import store
@@ -41,7 +41,7 @@ def train(recipe: pretrain.Pretraining, workdir: Workdir, clock: Clock, mesh: di
         run.log.say(report.headline(recipe, mesh))
         summary = ended(recipe, run, run.fit(), evaluation, begun)
     with clock.phase("end"):
-        sample = report.sampled(recipe, trainer.evaluated(run.state)) if summary["status"] == "ok" else ""
+        sample = report.sampled(recipe, update.evaluated(run.state)) if summary["status"] == "ok" else ""
         if workdir.writes:
             plots.loss_curve(workdir)
     return summary, sample
@@ -57,7 +57,7 @@ def ended(recipe: pretrain.Pretraining, run: trainer.Trainer, status: str, evalu
     results = {}
     if status == "ok":
         with run.clock.phase("evaluation"):
-            results = evaluation(trainer.evaluated(run.state), 0)
+            results = evaluation(update.evaluated(run.state), 0)
             pretrain.record(run, results)
         if not all(math.isfinite(values["val_loss"]) for values in results.values()):
             status = "diverged"

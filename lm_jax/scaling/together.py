@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import faults, optim, signals, trainer
+from lm_jax import faults, optim, signals, update
 from lm_jax.clock import Clock
 from lm_jax.config import Config
 from lm_jax.data.loader import Loader
@@ -61,13 +61,13 @@ def train(members: Sequence[Member], clock: Clock, mesh: dict) -> list[dict | Fa
                 continue
             runs[member] = stack.enter_context(one)
             run.manifest(member.recipe, member.workdir, mesh)
-        statuses = dict.fromkeys(runs, "stopped")
-        for done in sorted({one.done for one in runs.values()}):  # where a kill left some a save behind the others
-            level = [member for member in runs if runs[member].done == done]
+        statuses = dict.fromkeys(runs, "back")
+        while "stopped" not in statuses.values() and (left := [m for m in runs if statuses[m] == "back"]):
+            done = min(runs[member].done for member in left)  # a kill leaves some a save behind the others
+            level = [member for member in left if runs[member].done == done]
             ends = Stack([runs[member] for member in level], [member.recipe.loader for member in level], clock).fit()
             statuses |= dict(zip(level, ends))
-            if "stopped" in ends:
-                break
+        statuses = {member: "stopped" if status == "back" else status for member, status in statuses.items()}
         found |= {member: run.ended(member.recipe, one, statuses[member], evaluation, begun)
                   for member, one in runs.items()}
     return [found[member] for member in members]
@@ -106,7 +106,8 @@ class Stack:
         self._sent = None
 
     def fit(self) -> list[str]:
-        """Train; of each run "ok", "stopped" or "diverged", as `Trainer.fit`; saved."""
+        """Train; of each run "ok", "stopped" or "diverged", as `Trainer.fit`, and saved, or "back" at an earlier step.
+        """
         self._clock = time.perf_counter()
         with signals.caught() as stop, self.clock.phase("step"):
             while self.done < self.last and self.alive and not stop:
@@ -116,7 +117,7 @@ class Stack:
         for r in self.alive:
             self.runs[r].finish()
         over = "ok" if self.done == self.last else "stopped"
-        return [over if r in self.alive else "diverged" for r in range(len(self.runs))]
+        return [over if r in self.alive else "back" if one.back() else "diverged" for r, one in enumerate(self.runs)]
 
     def _step(self):
         """Send as many steps as there are before anything is due, and read what was sent before."""
@@ -127,9 +128,10 @@ class Stack:
             faults.reach("step", step)
         begun = time.perf_counter()
         size = self.loaders[0].batch_size
-        rows = np.arange(self.done * size, (self.done + count) * size)
+        ahead = np.arange(self.done * size, (self.done + count) * size)
+        rows = [(ahead + one.skipped * size) % loader.rows_needed for one, loader in zip(self.runs, self.loaders)]
         with self.clock.phase("wait"):
-            batches = _stacked([loader.rows(rows) for loader in self.loaders], count, self.room)
+            batches = _stacked([loader.rows(k) for k, loader in zip(rows, self.loaders)], count, self.room)
         waited = time.perf_counter() - begun
         self.states, metrics = self._advanced(batches, count)
         self._read()
@@ -158,7 +160,7 @@ class Stack:
         return sent
 
     def _read(self):
-        """Write the rows of the steps sent last; a run whose updates are all refused is over."""
+        """Write the rows of the steps sent last; a run with a burst of refused updates has no more part in it."""
         if self._sent is None:
             return
         (first, count, metrics, waited), self._sent = self._sent, None
@@ -175,7 +177,7 @@ class Stack:
                 numbers = {name: values[i, r].item() for name, values in metrics.items() if name != "objective"}
                 one.meter.record(first + i + 1, numbers, seconds, waited * share)
                 one.done = first + i + 1
-                if one.meter.streak >= trainer.PATIENCE:
+                if one.meter.burst:
                     self.alive.discard(r)
                     break
 
@@ -194,7 +196,7 @@ def program(c: Config):
 
     def one(state, batch, key, rates, steps):
         o = replace(c.optim, lr=rates[0], weight_decay=rates[1])
-        step = trainer.make_step(loss, optim.make(o, steps, groups), optim.schedule(o, steps),
+        step = update.make_step(loss, optim.make(o, steps, groups), optim.schedule(o, steps),
                                  microbatches=c.train.microbatches)
         return step(state, batch, jax.random.fold_in(key, state.step))
 
