@@ -168,9 +168,8 @@ class TrainConfig:
     checkpoint_every: int = 250
     keep: int = 2  # newest checkpoints kept
     loggers: str = ""  # besides metrics.jsonl: "tensorboard", "wandb", or both with a comma
-    rollbacks: int = 3  # times a run goes back to before a burst of refused updates (4 of 50) and skips its batches;
-    #                     at the next it is diverged
-    compare_every: int = 100  # steps between comparisons of what devices hold copies of; also at each save; 0: only
+    rollbacks: int = 3  # times to go back to before 4 refused updates of 50, and on after them; then it is diverged
+    compare_every: int = 100  # steps between comparisons of devices that hold copies; also at each save, 0: only there
     watchdog: float = 1.0  # a phase that takes so many times its limit (lm_jax/clock.py) ends the run; 0: none does
     profile: int = 0  # first of five steps to trace with jax.profiler; 0 is off
 

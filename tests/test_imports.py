@@ -18,7 +18,7 @@ LAYERS = (
     ("parallel", "batch", "seal", "workdir", "signals", "clock", "fingerprint"),
     ("data", "models", "hosts"),
     ("losses", "surgery", "optim", "checkpoint", "log", "plots", "hub"),
-    ("meter",),
+    ("meter", "update"),
     ("trainer", "inference"),
     ("recipes", "pipelines"),
     ("preflight",),
@@ -28,7 +28,7 @@ LAYERS = (
     ("",),  # lm_jax itself, which nothing imports
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-LONGEST = {"lm_jax.config": 350}  # lines, where more than 300 are good; half of this one is the table of knobs
+LONGEST = {"lm_jax.config": 360}  # lines, where more than 300 are good; half of this one is the table of knobs
 AXES = {"replica", "fsdp"}  # the other axes' names are also words
 SHARDING = {"PartitionSpec", "AxisType", "Mesh", "with_sharding_constraint"}
 

@@ -69,10 +69,20 @@ def test_each_loss_curve_is_the_single_runs(tmp_path):
 def test_a_run_that_diverges_ends_alone(tmp_path):
     points, _ = read(tmp_path, "[{'seed': 0}, {'optim.lr': 1e30}]", "--config.train.steps=60")
     fine, wild = stacked(points, tmp_path)
-    assert wild["status"] == "diverged" and 50 <= wild["steps"] < 60 and "val_loss" not in wild
+    assert wild["status"] == "diverged" and 4 <= wild["steps"] < 60 and "val_loss" not in wild
     assert len(losses(tmp_path / points[1].id)) == wild["steps"]
     assert fine["status"] == "ok" and fine["steps"] == 60
     assert fine["val_loss"] == pytest.approx(alone(points[0], tmp_path / "alone")["val_loss"], rel=1e-5)
+
+
+def test_runs_of_a_stack_go_back_as_they_would_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_JAX_FAULTS", ",".join(f"nan@step={step}" for step in (13, 14, 16, 17)))  # each time again
+    points, _ = read(tmp_path, "[{'seed': 0}, {'seed': 1}]", "--config.train.checkpoint_every=10",
+                     "--config.optim.eps=2e-8", "--config.train.steps=20")
+    for summary in (*stacked(points, tmp_path), alone(points[0], tmp_path / "alone")):
+        assert summary["status"] == "diverged" and summary["rollbacks"] == 3 * [{"from": 17, "to": 10}]
+    both = [losses(tmp_path / points[0].id)[:12], losses(tmp_path / "alone")[:12]]
+    np.testing.assert_allclose(*both, rtol=1e-5)
 
 
 def test_trunks_and_stacks_go_on_where_they_were_stopped_and_are_charged_once(tmp_path):

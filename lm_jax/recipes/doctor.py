@@ -61,6 +61,8 @@ def _metrics(folder: Path, c) -> list[str]:
         lines[0] += f", {len(steps) - len(set(steps))} of them twice"
     if skipped := max((row.get("skipped") or 0 for row in rows), default=0):
         lines += [f"{skipped:.0f} updates were refused (not finite, or spikes)"]
+    for one in (_json(folder / "summary.json") or {}).get("rollbacks", ()):
+        lines += [f"went back from step {one['from']:,} to {one['to']:,} for such updates, and on with later batches"]
     phases = _json(folder / "phases.json")
     if isinstance(phases, dict):
         seconds, wall = phases["seconds"], sum(phases["seconds"].values())
