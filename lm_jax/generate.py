@@ -25,9 +25,10 @@ from lm_jax.inference.load import Speaker, load
 from lm_jax.inference.sample import Sampler
 
 DRAWN = tuple(field.name for field in dataclasses.fields(Sampler))
+SEARCHED = ("no_repeat_ngram_size",)  # of these, what a search knows too
 ALONE = {  # what such a flag leaves without a use
     "chat": (("prompt", "prompts", "json", "beams", "draft"), "a conversation is read and answered a line at a time"),
-    "beams": ((*DRAWN, "draft"), "a search for the likeliest draws nothing"),
+    "beams": ((*(name for name in DRAWN if name not in SEARCHED), "draft"), "a search for the likeliest draws nothing"),
 }
 
 
@@ -106,8 +107,9 @@ def answered(speaker: Speaker, prompts: list[str], sampler: Sampler, args, tell)
     batch = text.prompted(speaker, prompts, say=tell)
     asked = dict(length=args.length, stop=speaker.stops, vocab=speaker.vocab)
     if args.beams:
-        found = beam.search(speaker.model, batch, beams=args.beams, length_penalty=args.length_penalty, **asked)
-        made = found.tokens_BWT[:, 0], found.lengths_BW[:, 0], np.zeros((len(prompts), 0))
+        found = beam.search(speaker.model, batch, beams=args.beams, length_penalty=args.length_penalty,
+                            no_repeat_ngram_size=args.no_repeat_ngram_size, **asked)
+        made = (a_BW[:, 0] for a_BW in found[:3])
     else:
         draft = load(args.draft, say=tell)
         if draft.tokenizer.digest != speaker.tokenizer.digest:

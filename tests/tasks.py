@@ -93,6 +93,9 @@ CASES = {  # name -> (folder, task, input or inputs by name, knobs)
     "translate": ("t5", "translation_en_to_de", TWO[0], {"max_new_tokens": 8, "num_beams": 1, "do_sample": False}),
     "rewrite-default": ("t5", "text2text-generation", TWO[1], {"max_new_tokens": 12}),
     "summarize": ("t5", "summarization", TEXT, {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}),
+    "summarize-once": ("t5", "summarization", TEXT, {"max_new_tokens": 12, "no_repeat_ngram_size": 2}),
+    "go-on-once": ("gpt2", "text-generation", TWO[0], {"max_new_tokens": 12, "do_sample": False,
+                                                       "no_repeat_ngram_size": 2}),
 }
 CALLED = {"question-answering"}  # whose inputs have names
 THEIRS = {"text-generation": {"clean_up_tokenization_spaces": False}}  # version 4 takes blanks out, 5 does not

@@ -70,6 +70,27 @@ def test_an_early_end_and_a_least_length_are_their_definition(model, logprobs, p
             np.testing.assert_allclose(found.scores_BW[row], [score for score, _ in best], atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_nothing_is_said_twice_where_it_may_not_be(model, logprobs, size):
+    """Neither of what it says itself nor of its prompt."""
+    found = beam.search(model, batch(PROMPTS), beams=2, length=LENGTH, stop=STOPS, no_repeat_ngram_size=size)
+    for row, (prompt, of_texts) in enumerate(zip(PROMPTS, logprobs)):
+        said = lambda text: [*zip(*([*prompt, *text][i:] for i in range(size)))]
+        expected = by_definition(of_texts, 2, 1.0, able=lambda text: len(set(said(text))) == len(said(text)))
+        np.testing.assert_allclose(found.scores_BW[row, :len(expected)], [score for score, _ in expected], atol=1e-4)
+        assert [written(found, row, beam) for beam in range(len(expected))] == [text for _, text in expected]
+
+
+def test_each_token_has_its_log_probability(model, logprobs):
+    found = beam.search(model, batch(PROMPTS), beams=3, length=LENGTH, stop=STOPS, vocab=3, length_penalty=0.0)
+    for row, of_texts in enumerate(logprobs):
+        for beam_ in range(3):
+            text = written(found, row, beam_)
+            each = next(each for whole, each in of_texts.items() if whole[:len(text)] == text)[:len(text)]
+            np.testing.assert_allclose(found.logprobs_BWT[row, beam_, :len(text)], each, atol=1e-4)
+            np.testing.assert_allclose(found.scores_BW[row, beam_], sum(each), atol=1e-4)
+
+
 def test_scores_are_over_all_ids_also_where_few_may_be_drawn(model, logprobs):
     found = beam.search(model, batch(PROMPTS[:1]), beams=1, length=1, vocab=2)
     of_all = {text[0]: each[0] for text, each in logprobs[0].items()}
@@ -81,15 +102,15 @@ def test_a_search_without_beams_is_refused(model):
         beam.search(model, batch(PROMPTS), beams=0, length=2)
 
 
-def by_definition(of_texts, beams, penalty, least=0, early=False):
+def by_definition(of_texts, beams, penalty, least=0, early=False, able=lambda text: True):
     """(score, text) of the best two, by lists and sorting."""
     alive, ended = [(0.0, ())], []
     for n in range(1, LENGTH + 1):
         grown = [(value, text) for _, prefix in alive for text, value in
                  {text[:n]: sum(each[:n]) for text, each in of_texts.items() if text[:n - 1] == prefix}.items()]
-        grown = sorted((one for one in grown if n > least or one[1][-1] not in STOPS), reverse=True)
-        able = grown[:beams] if early else grown
-        ended += [(value / n**penalty, text) for value, text in able if text[-1] in STOPS][:beams]
+        grown = sorted((one for one in grown if able(one[1]) and (n > least or one[1][-1] not in STOPS)), reverse=True)
+        some = grown[:beams] if early else grown
+        ended += [(value / n**penalty, text) for value, text in some if text[-1] in STOPS][:beams]
         if early and len(ended) >= beams:
             return sorted(ended, reverse=True)[:beams]
         alive = [(value, text) for value, text in grown if text[-1] not in STOPS][:beams]

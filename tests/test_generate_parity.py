@@ -29,16 +29,16 @@ def test_greedy_text_and_beams_are_those_of_transformers(name, tmp_path):
     start = ours.cfg.encoder_depth > 0
     batch = hub.batch(ours.cfg, [[0]] * 2 if start else prompts)
     batch |= {"source": hub.batch(ours.cfg, prompts)} if start else {}
-    for penalty in (1.0, 1.4):
-        made = generate(ours, batch, Sampler(0, repetition_penalty=penalty), length=LENGTH, key=jax.random.key(0),
-                        stop=STOP)
+    for knobs in ({}, {"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2}):
+        made = generate(ours, batch, Sampler(0, **knobs), length=LENGTH, key=jax.random.key(0), stop=STOP)
         for row, prompt in enumerate(prompts):
-            expected = written(theirs, prompt, start, repetition_penalty=penalty).sequences[0]
+            expected = written(theirs, prompt, start, **knobs).sequences[0]
             assert made.tokens_BT[row, :made.lengths_B[row]].tolist() == expected.tolist()[1 if start else len(prompt):]
-    found = beam.search(ours, batch, beams=3, length=LENGTH, stop=STOP)
-    for row, prompt in enumerate(prompts):
-        expected = written(theirs, prompt, start, num_beams=3, length_penalty=1.0, early_stopping="never")
-        np.testing.assert_allclose(found.scores_BW[row, 0], expected.sequences_scores[0], atol=1e-3)
+    for knobs in ({}, {"no_repeat_ngram_size": 2}):
+        found = beam.search(ours, batch, beams=3, length=LENGTH, stop=STOP, **knobs)
+        for row, prompt in enumerate(prompts):
+            expected = written(theirs, prompt, start, num_beams=3, length_penalty=1.0, early_stopping="never", **knobs)
+            np.testing.assert_allclose(found.scores_BW[row, 0], expected.sequences_scores[0], atol=1e-3)
 
 
 def written(model, prompt, start, **knobs):

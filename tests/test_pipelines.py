@@ -144,13 +144,13 @@ def test_a_conversation_is_gone_on_with_and_draws_depend_on_the_seed(run):
 def test_a_folder_says_how_its_model_writes(made, tmp_path):
     folder = shutil.copytree(made("t5"), tmp_path / "t5")
     (folder / "generation_config.json").write_text(json.dumps(
-        {"decoder_start_token_id": 0, "eos_token_id": 1, "max_length": 6, "num_beams": 2, "no_repeat_ngram_size": 3}))
+        {"decoder_start_token_id": 0, "eos_token_id": 1, "max_length": 6, "num_beams": 2, "typical_p": 0.9}))
     said = []
     write = lm_jax.pipeline("summarization", model=folder, say=said.append)
     assert write(TWO[0]) == write(TWO[0], max_new_tokens=5, num_beams=2)
     told = pipelines.writing.Wish(max_length=3).told({"max_new_tokens": 9, "top_k": 7})
     assert told["max_length"] == 3 and told["top_k"] == 7 and "max_new_tokens" not in told
-    assert [line for line in said if "asks" in line] == [f"{folder} asks for no_repeat_ngram_size=3: not followed"]
+    assert [line for line in said if "asks" in line] == [f"{folder} asks for typical_p=0.9: not followed"]
     del said[:]
     short = {"max_new_tokens": 4, "num_beams": 1}
     whole, cut = write([LONG], **short), write([LONG], **short, truncation=True)
@@ -173,6 +173,10 @@ def test_a_folder_of_summaries_is_followed(made, tmp_path):
             texts, min_new_tokens=6, early_stopping=True, length_penalty=2.0)
     assert write(**asked)(texts) != write(**asked | {"early_stopping": False})(texts)
     assert not [line for line in said if "not followed" in line]
+    for beams in (1, 3):
+        told = {"num_beams": beams, "no_repeat_ngram_size": 2, "max_length": 20, "eos_token_id": 1}
+        once = write(**told)(TWO)
+        assert once == write(**told)(TWO, no_repeat_ngram_size=2) != write(**told)(TWO, no_repeat_ngram_size=0)
     punished = write(repetition_penalty=1.3, num_beams=4)
     assert punished(texts) == punished(texts, num_beams=1)
     assert any("repetition_penalty=1.3, which a search does not know: one beam" in line for line in said)

@@ -16,9 +16,10 @@ SAMPLERS = [
     Sampler(top_k=99), Sampler(top_p=0.65), Sampler(top_p=1e-9), Sampler(min_p=0.2), Sampler(min_p=1.0),
     Sampler(temperature=2.0, top_k=6, top_p=0.9, min_p=0.25), Sampler(logit_bias={0: 2.5, 7: -np.inf}),
     Sampler(repetition_penalty=1.7), Sampler(presence_penalty=0.8), Sampler(frequency_penalty=-0.4),
-    Sampler(0.8, 5, 0.9, 0.05, 1.3, 0.4, 0.2, {2: 3.0}),
+    Sampler(no_repeat_ngram_size=1), Sampler(no_repeat_ngram_size=2), Sampler(no_repeat_ngram_size=3),
+    Sampler(0.8, 5, 0.9, 0.05, 1.3, 0.4, 0.2, 2, {2: 3.0}),
 ]
-PROMPT, WRITTEN = [1, 4, 4], [7, 7, 3]
+PROMPT, WRITTEN = [1, 4, 4, 7], [3, 4, 4]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
@@ -54,6 +55,24 @@ def test_filters_of_a_large_vocabulary_are_those_of_a_sorted_one(rng):
         np.testing.assert_allclose(found_V, expected, atol=1e-6)
 
 
+def test_nothing_that_would_be_a_repeat_is_left(rng):
+    """Texts of few ids, padded anywhere, of which each row forbids repeats of another length, also longer than it."""
+    rows, room = 60, 9
+    real_BT, tokens_BT = rng.random((rows, 7)) < 0.8, rng.integers(0, 3, (rows, 7))
+    sizes, written_BT = rng.integers(0, 5, rows), rng.integers(0, 3, (rows, room - 1))
+    rules = Rules.of([Sampler(no_repeat_ngram_size=int(n)) for n in sizes], rows, 4)
+    history = History.of(jnp.asarray(tokens_BT), jnp.asarray(real_BT, jnp.int32), 4, room=room)
+    seen = set()
+    for at in range(room):
+        kept_BV = np.isfinite(jax.jit(law)(jnp.zeros((rows, 4)), rules, history))
+        for row, size in enumerate(sizes):
+            text = [*tokens_BT[row][real_BT[row]], *written_BT[row, :at]]
+            assert set(np.flatnonzero(~kept_BV[row])) == repeated(text, size), (text, size)
+            seen.add((int(size), int((~kept_BV[row]).sum())))
+        history = history.add(jnp.asarray(written_BT[:, at % (room - 1)]), jnp.ones(rows, bool))
+    assert {(0, 0), (1, 3), (2, 0), (2, 3), (3, 1), (4, 1)} <= seen
+
+
 def test_equals_are_kept_or_dropped_together():
     tied_BV = jnp.asarray([[2.0, 1.0, 1.0, 1.0, 0.0]])
     kept = lambda sampler: np.isfinite(law(tied_BV, Rules.of(sampler, 1, 5))[0]).tolist()
@@ -80,7 +99,7 @@ def test_padding_of_the_table_is_never_drawn():
     (dict(top_k=-2), "top_k=-2"), (dict(top_p=0.0), "top_p=0.0"), (dict(top_p=1.5), "top_p=1.5"),
     (dict(min_p=-0.1), "min_p=-0.1"), (dict(repetition_penalty=0.0), "repetition_penalty=0.0"),
     (dict(presence_penalty=np.inf), "presence_penalty=inf"), (dict(logit_bias={-1: 2.0}), "-1: 2.0"),
-    (dict(logit_bias={1: np.inf}), "1: inf")], ids=str)
+    (dict(logit_bias={1: np.inf}), "1: inf"), (dict(no_repeat_ngram_size=-1), "no_repeat_ngram_size=-1")], ids=str)
 def test_a_number_that_no_sampler_has_is_named(knobs, said):
     with pytest.raises(ConfigError, match=said):
         Sampler(**knobs)
@@ -102,6 +121,8 @@ def by_definition(logits, sampler, prompt, written):
         x[id] = x[id] / sampler.repetition_penalty if x[id] > 0 else x[id] * sampler.repetition_penalty
     for id in set(written):
         x[id] -= sampler.presence_penalty + sampler.frequency_penalty * written.count(id)
+    for id in repeated([*prompt, *written], sampler.no_repeat_ngram_size):
+        x[id] = -np.inf
     if sampler.temperature == 0:
         return np.eye(len(x))[x.argmax()]
     x /= sampler.temperature
@@ -117,9 +138,15 @@ def by_definition(logits, sampler, prompt, written):
     return probs / probs.sum()
 
 
+def repeated(text, size):
+    """The ids that would make `size` tokens of a text come again."""
+    last = text[len(text) - size + 1:]
+    return {text[i + size - 1] for i in range(len(text) - size + 1) if text[i:i + size - 1] == last} if size else set()
+
+
 def remembered(rows: int) -> History:
     repeat = lambda ids: jnp.broadcast_to(jnp.asarray(ids), (rows, len(ids)))
-    history = History.of(repeat([*PROMPT, 6]), repeat([1, 1, 1, 0]), V)  # the 6 is padding
+    history = History.of(repeat([*PROMPT, 6]), repeat([1, 1, 1, 1, 0]), V, room=len(WRITTEN) + 1)  # the 6 is padding
     for token in WRITTEN:
         history = history.add(jnp.full(rows, token), jnp.ones(rows, bool))
     return history.add(jnp.full(rows, 0), jnp.zeros(rows, bool))  # a row that has ended

@@ -42,6 +42,9 @@ def test_greedy_rows_are_plain_greedy_token_for_token(pair):
     drafted = speculate(*pair, batch, GREEDY, ahead=3, **knobs)
     jax.tree.map(np.testing.assert_array_equal, drafted[:2], plain[:2])
     np.testing.assert_allclose(drafted.logprobs_BT, plain.logprobs_BT, atol=1e-4)
+    once = Sampler(temperature=0, no_repeat_ngram_size=2)
+    plain, drafted = generate(pair[0], batch, once, **knobs), speculate(*pair, batch, once, ahead=3, **knobs)
+    np.testing.assert_array_equal(drafted.tokens_BT, plain.tokens_BT)
     few = [write(batch=batch, sampler=GREEDY, vocab=3, **knobs).logprobs_BT
            for write in (partial(generate, pair[0]), partial(speculate, *pair, ahead=3))]
     np.testing.assert_allclose(*few, atol=1e-4)  # both over all ids, also where few may be drawn
@@ -52,7 +55,7 @@ def test_greedy_rows_are_plain_greedy_token_for_token(pair):
 
 def test_a_row_of_a_batch_is_what_it_is_alone(pair):
     batch, keys_B = prompts([4, 2, 5]), jax.random.split(jax.random.key(3), 3)
-    sampler = Sampler(0.9, top_k=4, frequency_penalty=0.3)
+    sampler = Sampler(0.9, top_k=4, frequency_penalty=0.3, no_repeat_ngram_size=3)
     together = speculate(*pair, batch, sampler, length=12, ahead=3, key=keys_B)
     alone = speculate(*pair, {k: x[1:2, :2] for k, x in batch.items()}, sampler, length=12, ahead=3, key=keys_B[1:2])
     assert (together.tokens_BT[1] == alone.tokens_BT[0]).all() and together.kept_B[1] == alone.kept_B[0]

@@ -97,7 +97,7 @@ def begin(model, batch: Batch, rules: Rules, keys_B, stops_A, *, length: int, vo
     cache, last_B1D, end_B1 = prefill(model, batch, T + length - 1)  # nobody reads the last token
     empty = lambda dtype: parallel.constrain(jnp.zeros((B, length), dtype), "BS")
     made = Generated(empty(jnp.int32), jnp.zeros_like(end_B1["segments"][:, 0]), empty(jnp.float32))
-    history = History.of(batch["tokens"], batch["segments"], V) if rules.remember else None
+    history = rules.history(batch, V, room=length)
     state = Writing(jnp.int32(0), made, end_B1["segments"][:, 0] == 0, history, end_B1, cache)
     return _append(model, state, last_B1D, rules, keys_B, stops_A, vocab)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax import parallel
+from lm_jax.batch import Batch
 from lm_jax.config import ConfigError
 
 
@@ -16,8 +17,8 @@ from lm_jax.config import ConfigError
 class Sampler:
     """How a request draws: from all tokens as the model has them, unless said otherwise.
 
-    In this order: `logit_bias`, penalties, temperature, top_k, top_p of what is left, min_p. Tokens that are equally
-    likely are kept or dropped together. Other numbers need no new program, other kinds of filter do.
+    In this order: `logit_bias`, penalties, repeats, temperature, top_k, top_p of what is left, min_p. Tokens
+    that are equally likely are kept or dropped together. Other numbers need no new program, other kinds of filter do.
     """
 
     temperature: float = 1.0  # logits are divided by it; 0 takes the likeliest token
@@ -27,6 +28,7 @@ class Sampler:
     repetition_penalty: float = 1.0  # divides logits above 0 of tokens so far, multiplies others (Keskar et al. 2019)
     presence_penalty: float = 0.0  # taken from the logits of tokens that the continuation has (OpenAI's)
     frequency_penalty: float = 0.0  # and this for each time that it has them
+    no_repeat_ngram_size: int = 0  # so many tokens in a row never come a second time, the prompt included; 0: they may
     logit_bias: tuple = ()  # (id, number) pairs, or a dict: added to these logits; -inf forbids an id
 
     def __post_init__(self):
@@ -48,6 +50,7 @@ RANGES = {
     "repetition_penalty": (lambda x: 0 < x < np.inf, "above 0; 1 is none, more makes repeated tokens rarer"),
     "presence_penalty": (np.isfinite, "a finite number; 0 is none"),
     "frequency_penalty": (np.isfinite, "a finite number; 0 is none"),
+    "no_repeat_ngram_size": (lambda x: x >= 0 and x == int(x), "0 (all may be repeated), or how many tokens"),
 }
 
 
@@ -63,6 +66,7 @@ class Rules:
     repetition_penalty_B: jax.Array | None = None
     presence_penalty_B: jax.Array | None = None
     frequency_penalty_B: jax.Array | None = None
+    no_repeat_ngram_size_B: jax.Array | None = None
     bias_BV: jax.Array | None = None
 
     @classmethod
@@ -75,36 +79,48 @@ class Rules:
         for field in dataclasses.fields(Sampler)[:-1]:
             values = [getattr(one, field.name) for one in samplers]
             idle = 0 if field.name == "temperature" else field.default
-            kind = np.int32 if field.name == "top_k" else np.float32
+            kind = np.int32 if field.type is int else np.float32
             asked[f"{field.name}_B"] = np.array(values, kind) if any(value != idle for value in values) else None
         return cls(**asked, bias_BV=_bias(samplers, vocab))
 
-    @property
-    def remember(self) -> bool:
-        """Whether the law depends on the tokens so far."""
-        return any(one is not None for one in (self.repetition_penalty_B, self.presence_penalty_B,
-                                               self.frequency_penalty_B))
+    def history(self, batch: Batch, vocab: int, *, room: int) -> "History | None":
+        """Of prompts that go on for at most `room` tokens; None where the law does not depend on the tokens so far."""
+        penalties = self.repetition_penalty_B, self.presence_penalty_B, self.frequency_penalty_B
+        repeats = self.no_repeat_ngram_size_B is not None
+        if repeats or any(one is not None for one in penalties):
+            return History.of(batch["tokens"], batch["segments"], vocab, room=room if repeats else 0)
+        return None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class History:
-    """What penalties look at: which ids a row's prompt has, and how often its continuation has each."""
+    """What the law looks back at: which ids a row's prompt has, and how often its continuation has each; and, where
+    nothing may be repeated, its `text`, of which the next token is the one `at`."""
 
     prompt_BV: jax.Array
     counts_BV: jax.Array
+    text_BS: jax.Array | None
+    at_B: jax.Array
 
     @classmethod
-    def of(cls, tokens_BT, segments_BT, vocab: int) -> "History":
+    def of(cls, tokens_BT, segments_BT, vocab: int, *, room: int = 0) -> "History":
+        """Of prompts; their text is kept if there is `room` for more."""
         found = lambda ids_T, segments_T: jnp.zeros(vocab, bool).at[jnp.where(segments_T > 0, ids_T, vocab)].set(
             True, mode="drop")
         prompt_BV = parallel.per_shard(jax.vmap(found), tokens_BT, segments_BT, letters=("BS", "BS"))
-        return cls(prompt_BV, jnp.zeros_like(prompt_BV, jnp.int32))
+        at_B = jnp.full_like(segments_BT[:, 0], tokens_BT.shape[1])
+        text_BS = aligned(tokens_BT, segments_BT, room=room) if room else None
+        return cls(prompt_BV, jnp.zeros_like(prompt_BV, jnp.int32), text_BS, at_B)
 
     def add(self, token_B, real_B) -> "History":
         """With one more token in the rows where it is `real`."""
         new_BV = (jnp.arange(self.counts_BV.shape[1]) == token_B[:, None]) & real_B[:, None]
-        return dataclasses.replace(self, counts_BV=self.counts_BV + new_BV)
+        text_BS = self.text_BS
+        if text_BS is not None:
+            here_BS = (jnp.arange(text_BS.shape[1]) == self.at_B[:, None]) & real_B[:, None]
+            text_BS = jnp.where(here_BS, token_B[:, None], text_BS)
+        return dataclasses.replace(self, counts_BV=self.counts_BV + new_BV, text_BS=text_BS, at_B=self.at_B + real_B)
 
 
 def sample(logits_BV, sampler, key, *, vocab: int = 0):
@@ -131,6 +147,9 @@ def law(logits_BV, rules: Rules, history: History | None = None):
     """
     logits_BV = logits_BV if rules.bias_BV is None else logits_BV + rules.bias_BV
     logits_BV = logits_BV if history is None else _penalised(logits_BV, rules, history)
+    if rules.no_repeat_ngram_size_B is not None:
+        again_BV = repeats(history.text_BS, history.at_B, rules.no_repeat_ngram_size_B, logits_BV)
+        logits_BV = jnp.where(again_BV, -jnp.inf, logits_BV)
     best_BV = jnp.arange(logits_BV.shape[1]) == logits_BV.argmax(-1, keepdims=True)
     likeliest_BV = jnp.where(best_BV, 0.0, -jnp.inf)
     if rules.temperature_B is None:
@@ -158,6 +177,31 @@ def draw(logits_BV, keys_B):
 def row_keys(key, rows: int):
     """A key a row [B]: `key` itself if it is that already, else `key` folded with the row's number."""
     return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+
+
+def aligned(tokens_BT, segments_BT, *, room: int):
+    """Prompts without their padding, each up to the last of T places, and behind them `room`; nothing is -1."""
+    def moved(tokens_T, segments_T):
+        order_T = jnp.argsort(segments_T > 0, stable=True)
+        return jnp.where(segments_T > 0, tokens_T, -1)[order_T]
+
+    text_BT = parallel.per_shard(jax.vmap(moved), tokens_BT, segments_BT, letters=("BS", "BS"))
+    return jnp.pad(text_BT, ((0, 0), (0, room)), constant_values=-1)
+
+
+def repeats(text_BS, at_B, size_B, like_BV):
+    """True at the ids that, as the next of its row, would make `size` tokens of it come a second time."""
+    def found(like_V, text_S, at, size):
+        def agrees(back, same_S):
+            """Where what stands so far before is what stands so far before the next token."""
+            last = jnp.where(at > back, text_S[at - 1 - back], -1)
+            return same_S & (jnp.roll(text_S, 1 + back) == last) & (last >= 0)
+
+        again_S = jax.lax.fori_loop(0, size - 1, agrees, text_S >= 0)  # the last of a text is -1: nothing goes round
+        ids_S = jnp.where(again_S & (size > 0), text_S, len(like_V))
+        return jnp.zeros(len(like_V), bool).at[ids_S].set(True, mode="drop")
+
+    return parallel.per_shard(jax.vmap(found), like_BV, text_BS, at_B, size_B, letters=("BA", "BS", "B", "B"))
 
 
 def _penalised(logits_BV, rules, history):

@@ -70,7 +70,7 @@ def _speculate(model, draft, batch, rules, keys_B, stops_A, *, length, ahead, vo
     done_B = end_B1["segments"][:, 0] == 0
     room = lambda dtype: parallel.constrain(jnp.zeros((B, length + ahead + 1), dtype), "BS")
     none_B = jnp.zeros_like(done_B, jnp.int32)
-    history = History.of(batch["tokens"], batch["segments"], model.cfg.vocab) if rules.remember else None
+    history = rules.history(batch, model.cfg.vocab, room=length + ahead + 2)
     logits_BV = words(model.logits(last_B1D)[:, 0])
     token_B = pick(words(logits_BV, vocab), rules, _keys(keys_B, none_B, 2), history)
     made = Speculated(room(jnp.int32), none_B, room(jnp.float32), none_B, none_B)

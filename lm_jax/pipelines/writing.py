@@ -19,12 +19,13 @@ from lm_jax.pipelines.reader import ROWS, UNLIMITED, several, whole
 LENGTH = 256  # new tokens, where nobody says how many
 BEAMS = 4  # side by side in a search for what becomes of a text, where nobody says; as in transformers
 LENGTHS = ("max_new_tokens", "max_length")  # who says one of them says what the other should be
+AGAIN = ("repetition_penalty", "no_repeat_ngram_size")
 DRAWS = ("temperature", "top_k", "top_p", "min_p")
 LEAST = dict(max_new_tokens=1, max_length=1, min_new_tokens=0, min_length=0, top_k=0, num_beams=1,
-             num_return_sequences=1)
+             num_return_sequences=1, no_repeat_ngram_size=0)
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty", "seed")
 KEYS = {"summarization": "summary_text", "translation": "translation_text"}
-IGNORED = {"no_repeat_ngram_size": 0, "typical_p": 1.0, "num_beam_groups": 1, "diversity_penalty": 0.0,
+IGNORED = {"typical_p": 1.0, "num_beam_groups": 1, "diversity_penalty": 0.0,
            "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None,
            "forced_eos_token_id": None, "encoder_no_repeat_ngram_size": 0}  # what asks for nothing, by name
 
@@ -64,6 +65,7 @@ class Wish:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None  # so many tokens in a row never come a second time
     num_beams: int | None = None
     length_penalty: float | None = None
     early_stopping: bool | str | None = None  # True: a search ends when num_beams texts have ended
@@ -181,7 +183,7 @@ def _written(by: Author, prompts: list, told: dict) -> list[list[str]]:
             found += _searched(by.speaker, some, told, count=count, length=length, stop=stop, say=by.say)
             continue
         used = {name: told[name] for name in DRAWS if name in told} if drawn else {"temperature": 0.0}
-        sampler = Sampler(repetition_penalty=told.get("repetition_penalty", 1.0), **used)
+        sampler = Sampler(**used | {name: told[name] for name in AGAIN if name in told})
         every = [one for one in some for _ in range(count)]
         seeds = [told["seed"] + at * count + i for i in range(len(every))]
         written = text.answers(by.speaker, every, sampler, length=length, seed=seeds, stop=stop, say=by.say)
@@ -195,10 +197,10 @@ def _searched(by: Speaker, prompts, told: dict, *, count: int, length: int, stop
     least = told.get("min_new_tokens", max(0, told.get("min_length", 0) - _begun(by, prompts)))
     found = beam.search(by.model, batch, beams=told["num_beams"], length=length, stop=by.stops,
                         length_penalty=told.get("length_penalty", 1.0), vocab=by.vocab, least=least,
-                        early=told.get("early_stopping") is True)
-    nothing = np.zeros((len(prompts), 0))
-    ranks = [text.read(by, prompts, np.asarray(found.tokens_BWT[:, i]), np.asarray(found.lengths_BW[:, i]), nothing,
-                       length=length, stop=stop) for i in range(count)]
+                        early=told.get("early_stopping") is True,
+                        no_repeat_ngram_size=told.get("no_repeat_ngram_size", 0))
+    ranks = [text.read(by, prompts, *(np.asarray(a_BW[:, i]) for a_BW in found[:3]), length=length, stop=stop)
+             for i in range(count)]
     return [[answers[i].text for answers in ranks] for i in range(len(prompts))]
 
 
