@@ -93,15 +93,15 @@ def test_rows_near_in_time_come_from_few_blocks_from_all_over():
         assert abs(blocks.mean() / (rows / mixture.BLOCK) - 0.5) < 0.1
 
 
-def test_a_stream_resumes_in_mid_run(data):
+def test_a_stream_resumes_in_mid_run_and_its_end_is_followed_by_its_beginning(data):
     train = loader(data, rows=300)
     with train.stream(0) as unbroken:
         whole = list(unbroken)
     assert len(whole) == 10
     with loader(data, rows=300).stream(6) as resumed:
         rest = list(resumed)
-    assert len(rest) == 4
-    for a, b in zip(whole[6:], rest):
+    assert len(rest) == 10
+    for a, b in zip(whole[6:] + whole[:6], rest):
         same(a, b)
 
 
