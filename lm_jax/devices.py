@@ -4,9 +4,11 @@ A chip is what is counted and paid for; a JAX device is a chip, but half of one 
 Rates of links are one way, added up over the links of a chip. Prices change: `plan --prices=mine.json` overrides them.
 """
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 GIB = 2**30
 
@@ -96,6 +98,37 @@ def of_kind(kind: str) -> Device | None:
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
+def cpu(kind: str, memory: float) -> Device:
+    """A CPU device that may use so many bytes; nothing else of it is known."""
+    return Device("cpu", "cpu", (kind,), 1e11, 1e11, memory, 1e10, 1e10, 0, 1, 1e9, 1, 0.0)
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may use: of the machine, of its control group and of those around it, of its limits.
+
+    `root` is where the system's files are. Swap is not counted.
+    """
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_rlimits()]
+    group = "/"
+    with contextlib.suppress(OSError):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        group = next((line.split(":", 2)[2] for line in lines if line.startswith("0::") or ":memory:" in line), "/")
+    for name, top in (("memory.max", "sys/fs/cgroup"), ("memory.limit_in_bytes", "sys/fs/cgroup/memory")):
+        inside = Path(group.lstrip("/"))
+        for folder in (inside, *inside.parents):  # of a container the group may be named as its host sees it
+            with contextlib.suppress(OSError, ValueError):  # "max" is none
+                found.append(int((root / top / folder / name).read_text()))
+    return min(found)
+
+
 def priced(device: Device, prices: dict[str, float]) -> Device:
     """The device at a price of the user's, if there is one for it."""
     return replace(device, dollars=prices.get(device.name, device.dollars))
+
+
+def _rlimits() -> list[int]:
+    """What the shell's `ulimit` allows of address space and data, where it does not allow all."""
+    import resource
+
+    kinds = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    return [soft for soft, _ in map(resource.getrlimit, kinds) if soft != resource.RLIM_INFINITY]

@@ -11,6 +11,7 @@ intact.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ import jax
 from lm_jax import config, errors, faults, hosts, parallel, signals
 from lm_jax.clock import Clock, age
 from lm_jax.errors import ConfigError
+from lm_jax.preflight import room
 from lm_jax.recipes import doctor, report, run
 from lm_jax.workdir import Workdir
 
@@ -33,6 +35,7 @@ def main(argv):
     shared = replace(c, data=replace(c.data, root=""))  # each machine may have a folder of its own
     hosts.same(config=config.digest(config.to_dict(shared)))
     mesh = parallel.use(c.mesh)
+    hosts.together(partial(room.refuse, c))
     workdir = Workdir(values.workdir, writes=jax.process_index() == 0)
     with signals.ending(), Clock(age()) as clock:
         recipe = run.opened(c, workdir, clock, hosts.mark())

@@ -1,14 +1,12 @@
 """A forecast as tables for people."""
 
-import itertools
-from dataclasses import replace
-
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from lm_jax.config import Config
 from lm_jax.preflight import aot, hlo, search, traffic
+from lm_jax.preflight.cures import cures
 from lm_jax.preflight.forecast import Forecast, shares
 
 GIB = 2**30
@@ -36,24 +34,14 @@ def verdict(f: Forecast, word: aot.Compiled | None = None) -> str:
     """Whether it fits, which the compiler knows best, and if it does not, what to change, the cheapest first."""
     need, have = f.bytes["total"] if word is None else word.total, _gib(f.limit)
     if word and word.refusal:
-        return f"the compiler refuses: {word.refusal}: {' or '.join(_cures(f))}"
+        return f"the compiler refuses: {word.refusal}: {_cures(f)}"
     if word or f.fits:
         return f"fits{', says the compiler' if word else ''}: {_gib(need)} of {have} GiB a device"
-    return f"does not fit: {_gib(need)} of {have} GiB a device: {' or '.join(_cures(f))}"
+    return f"does not fit: {_gib(need)} of {have} GiB a device: {_cures(f)}"
 
 
-def _cures(f: Forecast):
-    """The next remat, and fewest microbatches, that fit by themselves; where none does it takes more."""
-    c, rows = f.config, f.mesh_rows
-    remats = search.REMAT[search.REMAT.index(c.model.remat) + 1:]
-    cuts = [c.train.microbatches * n for n in range(2, rows + 1) if rows % n == 0]
-    tried = [("model.remat", [(value, replace(c, model=replace(c.model, remat=value))) for value in remats]),
-             ("train.microbatches", [(n, replace(c, train=replace(c.train, microbatches=n))) for n in cuts])]
-    for key, changes in tried:
-        others = ((value, Forecast(changed, f.topology)) for value, changed in changes)
-        fits = (value for value, other in others if search.at_least(other) <= other.limit and other.fits)
-        yield from (f"--config.{key}={value}" for value in itertools.islice(fits, 1))
-    yield from ("--search", "more chips")
+def _cures(f: Forecast) -> str:
+    return " or ".join([*cures(f), "--search", "more chips"])
 
 
 def _compiled(f: Forecast, word: aot.Compiled) -> Table:
