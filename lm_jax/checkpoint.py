@@ -164,8 +164,12 @@ class Checkpoints:
     def _read(self, step, leaves, *, partial) -> dict:
         item = _nested(leaves)
         args = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=partial)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(self.folder / str(step) / "arrays", args=args)
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                restored = checkpointer.restore(self.folder / str(step) / "arrays", args=args)
+        except (ValueError, TypeError) as e:  # as it was written, which was no checkpoint
+            raise NoCheckpointError(f"checkpoint {step} in {self.folder} cannot be read: {str(e)[:200]}. Remove it to "
+                                    "go on from the one before it") from e
         return fingerprint.named(restored)
 
     def _finish(self, step, part, body, checkpointer):

@@ -29,7 +29,9 @@ def read(folder) -> dict:
         if manifest is None:
             raise DamagedError(f"it has no {NAME}")
         body, digest = manifest["body"], manifest["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        for name in body["files"]:
+            disk.inside(folder, name)
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise DamagedError(f"{NAME} cannot be read ({type(e).__name__})") from e
     if digest != _digest(body):
         raise DamagedError(f"{NAME} has another SHA-256 than when it was written")
@@ -40,10 +42,11 @@ def verify(folder):
     """Raise DamagedError unless every file is what it was: sizes first, as they cost nothing."""
     files = read(folder)["files"]
     for name, (size, _) in files.items():
-        if not (folder / name).is_file():
-            raise DamagedError(f"{name} is missing")
-        if (folder / name).stat().st_size != size:
-            raise DamagedError(f"{name} has {(folder / name).stat().st_size} bytes of {size}")
+        file = folder / name
+        if not file.is_file() or file.is_symlink():
+            raise DamagedError(f"{name} is {'a link' if file.is_symlink() else 'missing'}")
+        if file.stat().st_size != size:
+            raise DamagedError(f"{name} has {file.stat().st_size} bytes of {size}")
     try:
         found = _digests(folder)
     except OSError as e:

@@ -13,7 +13,8 @@ FILES = sorted((ROOT / "lm_jax").rglob("*.py"))
 
 # From the bottom up. A module may import what is below it and the rest of its own package.
 LAYERS = (
-    ("errors", "checks", "disk", "devices"),
+    ("errors",),
+    ("checks", "disk", "devices"),
     ("config", "lease", "faults"),
     ("parallel", "batch", "seal", "workdir", "signals", "clock", "fingerprint"),
     ("data", "models", "hosts"),

@@ -152,7 +152,7 @@ def _packs(folder, tokens, data, record):
         for tag, counts in record["splits"][split].items():
             files = shard_files(record, split, tag)
             names = [f"offsets-{shard_name(tag, split, file['number'])}" for file in files]
-            offsets = (np.load(proven(tokens / name, record["files"][name])) for name in names)
+            offsets = (shards.numbers(proven(tokens / name, record["files"][name])) for name in names)
             with (NpyWriter(folder / f"segments-{tag}-{split}.npy", np.int32, (3,)) as segments,
                   NpyWriter(folder / f"rows-{tag}-{split}.npy", np.int64) as starts):
                 for packed in pack.pack(offsets, window=window, overlap=overlap, strategy=data.strategy):

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from lm_jax.config import ConfigError
 from lm_jax.data import sources
+from lm_jax.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation")
 GROUP = 4 << 20  # bytes of text held in memory, a Parquet row group
@@ -36,12 +36,16 @@ def write(folder: Path, data, specs: dict[str, str], say) -> dict:
 
 
 def groups(path: Path, column: str = "text") -> Iterator[list[str]]:
-    """A column of a part, one row group at a time."""
+    """A column of a part, one row group at a time. DataError where the part is damaged."""
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for i in range(file.num_row_groups):
-            yield file.read_row_group(i, columns=[column])[column].to_pylist()
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for i in range(file.num_row_groups):
+                yield file.read_row_group(i, columns=[column])[column].to_pylist()
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        raise DataError(f"{path} cannot be read: {error}; delete the store's manifest.json to build it "
+                        "again") from error
 
 
 def texts(paths) -> Iterator[str]:

@@ -24,8 +24,9 @@ class Shard:
         """`digests` (uint8[blocks, 32]) are those of `of_blocks`."""
         self._path, self._digests = path, digests
         self._unproven = bytearray(b"\1" * len(digests))
-        self._prove(0)  # and so the header
-        mapped = np.load(path, mmap_mode="r")
+        if len(digests):  # else it is empty, and no array
+            self._prove(0)  # and so the header
+        mapped = numbers(path)
         self._array, self._header = np.asarray(mapped), mapped.offset
         self._each = mapped.nbytes // max(1, len(mapped))
 
@@ -65,10 +66,21 @@ def seal(folder: Path):
 
 def of_blocks(folder: Path, files: dict[str, dict]) -> dict[str, np.ndarray]:
     """Array's name -> the digests of its blocks, in a folder with these entries in the manifest."""
-    digests = np.load(proven(folder / BLOCKS, files[BLOCKS]))
+    digests = numbers(proven(folder / BLOCKS, files[BLOCKS]))
     names = sorted(name for name in files if name.endswith(".npy") and name != BLOCKS)
     ends = np.cumsum([-(-files[name]["bytes"] // BLOCK) for name in names])
     return dict(zip(names, np.split(digests, ends)))
+
+
+def numbers(path: Path) -> np.memmap:
+    """A .npy file, mapped. Objects, which only a pickle could hold, are none, whatever the manifest says."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(found, np.memmap):
+            raise ValueError("it is an archive")
+        return found
+    except (ValueError, EOFError) as error:
+        raise damaged(path, f"is no array of numbers ({error})") from error
 
 
 def proven(path: Path, entry: dict) -> Path:

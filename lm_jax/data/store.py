@@ -190,7 +190,10 @@ def _manifest(path):
     try:
         manifest = disk.read_json(file)
         whole = manifest is None or manifest.pop("digest") == config.digest(manifest)
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        for stage, record in (manifest["stages"] if manifest else {}).items():
+            for name in record["files"]:
+                disk.inside(disk.inside(path, stage), name)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DataError(f"{file} is not what was written ({error!r}): delete it to build a new store") from error
     if not whole:
         raise DataError(f"{file} is not what was written (its digest is another): delete it to build a new store")

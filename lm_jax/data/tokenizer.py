@@ -7,14 +7,15 @@ lossless: identity normalisation, byte fallback, no dummy prefix, whitespace kep
 
 import heapq
 import io
-import json
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from lm_jax import disk
 from lm_jax.data.tokenizer_backends import BACKENDS, NAMES, Bytes, HuggingFace, Pieces
 from lm_jax.errors import ConfigError, DataError
 
@@ -65,11 +66,9 @@ def make(kind: str, texts: Iterable[str], *, vocab: int, seed: int = 0) -> Token
 def load(folder: str) -> Tokenizer:
     """The tokenizer that was saved there. Raises ConfigError if a file is missing or is not what was saved."""
     try:
-        with open(os.path.join(folder, "saved.json"), encoding="utf-8") as file:
-            saved = json.load(file)
-        with open(os.path.join(folder, saved["file"]), "rb") as file:
-            tokenizer = BACKENDS[saved["backend"]](file.read())
-    except (OSError, ValueError, KeyError) as error:
+        saved = disk.parse_json(Path(folder, "saved.json").read_bytes())
+        tokenizer = BACKENDS[saved["backend"]](disk.inside(Path(folder), saved["file"]).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"no whole tokenizer in {folder}: {error}; delete the store's manifest.json to build it "
                         "again") from error
     if tokenizer.digest != saved["digest"]:

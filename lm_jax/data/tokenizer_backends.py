@@ -14,6 +14,7 @@ import numpy as np
 
 from lm_jax.config import ConfigError
 
+GAPS = 100  # times more ids than pieces are none of a vocabulary, and a table of them would fill the memory
 BLANK = "\u2581"  # how SentencePiece writes a space inside a piece
 UNKNOWN = "\ufffd".encode()
 ROLES = ("system", "user", "assistant", "end")
@@ -151,7 +152,11 @@ class HuggingFace(Vocabulary):
         model.encode_special_tokens = True  # text that spells a special is text
         spec, added = json.loads(file), model.get_added_tokens_decoder()
         specials = {token.content: i for i, token in added.items() if token.special}
-        table: list[bytes | None] = [None] * (1 + max(model.get_vocab().values()))
+        last = max(model.get_vocab().values(), default=-1)
+        if last > GAPS * (len(model.get_vocab()) + 1):
+            raise ConfigError(f"data.tokenizer has an id of {last:,} and only {len(model.get_vocab()):,} pieces: its "
+                              "ids are damaged")
+        table: list[bytes | None] = [None] * (1 + last)
         spell = _speller(spec)
         for piece, i in model.get_vocab().items():
             table[i] = None if piece in specials else piece.encode() if i in added else spell(piece)

@@ -1,9 +1,10 @@
 """A folder as transformers saves it: config.json, safetensors whole or in shards, and a tokenizer's files."""
 
 import json
+import os
 import re
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import lm_jax.hub.tensors as tensors
 from lm_jax import disk
@@ -27,6 +28,7 @@ def config(folder: Path) -> dict:
     if not (found := read_json(folder / "config.json")):
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise ConfigError(f"{folder} has no config.json ({there} is in it): pass a folder as transformers saves it")
+    _no_links_out(folder.resolve())
     if "train" in found:
         raise ConfigError(f"{folder} is a run's folder: `python -m lm_jax.convert {folder} OUT` writes one that can be "
                           "opened")
@@ -37,7 +39,7 @@ def read_json(file: Path) -> dict:
     """What a JSON file of a folder says; {} where there is none."""
     try:
         found = disk.read_json(file)
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise DataError(f"{file} is no JSON ({error}): fetch it again") from error
     if found is not None and not isinstance(found, dict):
         raise DataError(f"{file} has a {type(found).__name__} where names and values are wanted: fetch it again")
@@ -123,6 +125,16 @@ COUNTS = {"tokenizer.json": _listed, "tokenizer.model": _pieces, "spiece.model":
           "vocab.txt": lambda file: len(file.splitlines())}
 
 
+def _no_links_out(folder: Path):
+    """Refuse links to files elsewhere: what is copied or sent with a model is its own. A hub's snapshot is of links to
+    its blobs."""
+    homes = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
+            raise DataError(f"{path} is a link to {os.readlink(path)}, outside its folder: refused; put the file "
+                            "itself there if it is meant")
+
+
 def _alone(folder):
     if (folder / WHOLE).exists():
         return [folder / WHOLE]
@@ -144,14 +156,12 @@ def _index(file) -> dict[str, str]:
 def _shards(index):
     """The files that an index names, each in the index's own folder."""
     for name in sorted(set(_index(index).values())):
-        path = PurePosixPath(name)
-        if len(path.parts) != 1 or path.name in ("", ".", "..") or "\\" in name or ":" in name:
-            raise DataError(f"{index} names {name!r}, which is outside its folder: refused")
-        if path.suffix != ".safetensors":
+        file = disk.inside(index.parent, name)
+        if file.suffix != ".safetensors":
             raise DataError(f"{index} names {name!r}: only safetensors are read")
-        if not (index.parent / path.name).is_file():
+        if not file.is_file():
             raise DataError(f"{index} names {name!r}, which is not there: fetch it too")
-        yield index.parent / path.name
+        yield file
 
 
 def _map(files, parts):

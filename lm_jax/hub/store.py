@@ -114,7 +114,7 @@ def _found(repo, revision) -> Path | None:
     place = _place(repo)
     ref = place / "refs" / revision
     wanted = ref.read_text().strip() if ref.is_file() else revision
-    if (place / "snapshots" / wanted).is_dir():
+    if disk.inside(place / "snapshots", wanted).is_dir():
         return place / "snapshots" / wanted
     begun = sorted((place / "snapshots").glob(f"{wanted}*")) if re.fullmatch("[0-9a-f]{7,40}", wanted) else []
     if len(begun) > 1:

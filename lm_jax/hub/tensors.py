@@ -16,6 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from lm_jax import disk
 from lm_jax.errors import DataError
 
 DTYPES = {
@@ -78,10 +79,10 @@ def read(file: Path) -> dict[str, Tensor]:
             raise DataError(f"{file} is truncated, or no safetensors file: its header is to have {length:,} bytes and "
                             f"the file has {there:,}: fetch it again")
         try:
-            header = json.loads(stream.read(length), object_pairs_hook=_once)
+            header = disk.parse_json(stream.read(length))
             header.pop("__metadata__", None)
             tensors = {name: _tensor(file, entry, 8 + length) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{file} has a damaged header ({error}): fetch it again") from error
     _end_to_end(file, tensors, 8 + length, there)
     return tensors
@@ -132,13 +133,6 @@ def shards(entries: dict, most: int) -> Iterator[dict]:
         part[name] = (dtype, shape)
         held += size(dtype, shape)
     yield part
-
-
-def _once(pairs):
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is in it twice")
-    return dict(pairs)
 
 
 def _tensor(file, entry, data):

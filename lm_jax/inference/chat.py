@@ -79,7 +79,9 @@ class Template:
         try:
             return world.from_string(self.source).render(
                 messages=messages, add_generation_prompt=True, tools=None, documents=None, **self.words)
-        except jinja2.TemplateError as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # Jinja's own, and whatever a template's expressions come to
             raise ConfigError(f"the chat template cannot write this conversation: {error}") from error
 
 
