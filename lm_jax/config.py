@@ -171,6 +171,7 @@ class TrainConfig:
     rollbacks: int = 3  # times to go back to before 4 refused updates of 50, and on after them; then it is diverged
     compare_every: int = 100  # steps between comparisons of devices that hold copies; also at each save, 0: only there
     watchdog: float = 1.0  # a phase that takes so many times its limit (lm_jax/clock.py) ends the run; 0: none does
+    deterministic: bool = False  # the same bits in each run on GPUs too, by slower kernels (docs/reliability.md)
     profile: int = 0  # first of five steps to trace with jax.profiler; 0 is off
 
 

@@ -29,6 +29,7 @@ FLAGS = {
     "process": "number of this one, from 0; with --coordinator. Where several share a node, JAX_LOCAL_DEVICE_IDS=0,1 "
                "says which of its GPUs are this one's",
 }
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"  # no atomics, no choice by stopwatch
 JOINING = 300  # seconds in which all processes must have come
 LOST = 60  # seconds without a sign of life, or at the end without the others, after which a process is given up
 WAITING = 7 * 86_400  # seconds for what one process does while others wait, such as preparing data
@@ -37,15 +38,18 @@ NODE_GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each
 _asked = itertools.count()  # exchanges so far: the same on all processes, which ask the same in the same order
 
 
-def start(coordinator=None, processes=None, process=None, *, timeout: int = JOINING):
+def start(coordinator=None, processes=None, process=None, *, timeout: int = JOINING, deterministic: bool = False):
     """Join the run's other processes, before any device is touched, and keep compiled programs in ~/.cache/lm_jax.
 
     The flags are strings, or None where the cluster says it all; JAX_COMPILATION_CACHE_DIR puts programs elsewhere.
+    `deterministic` forbids XLA what makes the last bits of two runs differ on GPUs.
     Raises ConfigError where the flags contradict each other, and where the others do not come within `timeout` seconds.
     Later, when one dies or fails alone, JAX ends the others within about `LOST` seconds.
     """
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/lm_jax/xla"))
+    if deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()  # read with the devices
     how = joining(os.environ, coordinator, processes, process)
     if how is None:
         return

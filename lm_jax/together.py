@@ -30,7 +30,7 @@ FLAGS = {"out": "the sweep's folder", "points": "ids, with commas between",
 def main(argv):
     c, values = config.parse(argv, doc=__doc__, **FLAGS, **hosts.FLAGS)
     faults.planned()
-    hosts.start(values.coordinator, values.processes, values.process)
+    hosts.start(values.coordinator, values.processes, values.process, deterministic=c.train.deterministic)
     points = asked(sweep.points(config_flags.get_config_filename(values["config"]), values.config), values)
     out, statuses, failures = Path(values.out), set(), []
     with signals.ending():

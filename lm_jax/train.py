@@ -31,7 +31,7 @@ def main(argv):
         return examined(argv)
     c, values = config.parse(argv, doc=__doc__, start=START, **hosts.FLAGS)
     faults.planned()  # what is wrong with them is said before anything is done
-    hosts.start(values.coordinator, values.processes, values.process)
+    hosts.start(values.coordinator, values.processes, values.process, deterministic=c.train.deterministic)
     shared = replace(c, data=replace(c.data, root=""))  # each machine may have a folder of its own
     hosts.same(config=config.digest(config.to_dict(shared)))
     mesh = parallel.use(c.mesh)

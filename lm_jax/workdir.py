@@ -19,7 +19,7 @@ from lm_jax.lease import Lease
 # Keys that may change while a run goes on: where and how it computes and what it records, not what it learns.
 FREE = ("name:", "mesh.", "data.root:", "model.remat:", "model.attention:", "train.microbatches:", "train.log_every:",
         "train.eval_every:", "train.eval_rows:", "train.checkpoint_every:", "train.keep:", "train.loggers:",
-        "train.profile:", "train.watchdog:", "train.rollbacks:", "train.compare_every:")
+        "train.profile:", "train.watchdog:", "train.deterministic:", "train.rollbacks:", "train.compare_every:")
 SEEN = 10  # seconds in which a file that one host writes in a shared folder is seen by the others
 
 
