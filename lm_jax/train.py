@@ -6,8 +6,8 @@ The same command goes on where the last one ended. The folder (`--workdir`, defa
 config.json, manifest.json, metrics.jsonl, checkpoints/, plots/loss.png and summary.json. With `--start` a run begins as
 another that differs in its length alone, and is bit for bit what it would be by itself. `--doctor=RUN`, alone, says
 what a run's folder is, whether it is whole, and what a restart would do. Exit codes: 0 done, 2 the config cannot run,
-74 no room on a disk, 75 stopped by a signal and saved, 76 hung, 77 data are damaged, 78 diverged, 79 no checkpoint is
-intact.
+74 no room on a disk, 75 stopped by a signal and saved, 76 hung, 77 data are damaged or devices disagree, 78 diverged,
+79 no checkpoint is intact.
 """
 
 from dataclasses import replace
