@@ -121,9 +121,12 @@ def constrain(x, letters: str):
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
-def like(x) -> PartitionSpec | None:
-    """The layout of `x`, to be given to a new array of its shape; None without a mesh."""
-    return jax.typeof(x).sharding.spec if _axis_sizes() else None
+def like(x, rows: int = 0) -> PartitionSpec | None:
+    """The layout of `x`, to be given to a new array of its shape, or of so many `rows`; None without a mesh."""
+    if not _axis_sizes():
+        return None
+    spec = jax.typeof(x).sharding.spec
+    return PartitionSpec(*activation("B", (rows,)), *spec[1:]) if rows else spec
 
 
 def per_rows(f, x_BTD, *per_token, tables):

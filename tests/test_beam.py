@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from lm_jax.config import ConfigError
+from lm_jax import hosts, parallel
+from lm_jax.config import ConfigError, MeshConfig
 from lm_jax.inference import beam
 
 V, LENGTH, STOPS = 4, 4, (2,)
@@ -89,6 +90,20 @@ def test_each_token_has_its_log_probability(model, logprobs):
             each = next(each for whole, each in of_texts.items() if whole[:len(text)] == text)[:len(text)]
             np.testing.assert_allclose(found.logprobs_BWT[row, beam_, :len(text)], each, atol=1e-4)
             np.testing.assert_allclose(found.scores_BW[row, beam_], sum(each), atol=1e-4)
+
+
+@pytest.mark.parametrize("axes, rows, beams", [(dict(data=4, fsdp=1, model=2), 3, 4),
+                                               (dict(fsdp=2, sequence=2, model=2), 8, 2)], ids=str)
+def test_a_mesh_finds_the_same_texts(axes, rows, beams, rng):
+    """Also where only the beams divide over devices, with repeats forbidden, and an early end."""
+    model = tiny.model(vocab=16, width=16, heads=2, hidden=32, depth=2, dtype="float32")
+    prompts = batch([rng.integers(0, 16, 3 + i % 3).tolist() for i in range(rows)])
+    knobs = dict(beams=beams, length=6, stop=(2, 5), no_repeat_ngram_size=2, early=True)
+    expected = beam.search(model, prompts, **knobs)
+    with jax.set_mesh(parallel.make_mesh(MeshConfig(**axes))):
+        found = beam.search(tiny.on_mesh(model), hosts.put_batch(jax.tree.map(np.asarray, prompts)), **knobs)
+    jax.tree.map(np.testing.assert_array_equal, found[:2], expected[:2])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found[2:], expected[2:])
 
 
 def test_scores_are_over_all_ids_also_where_few_may_be_drawn(model, logprobs):

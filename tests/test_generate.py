@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
-from jax.sharding import NamedSharding
 
 from lm_jax import config, hosts, parallel
 from lm_jax.config import ConfigError, MoEConfig, RopeConfig
@@ -131,7 +129,7 @@ def test_a_mesh_generates_the_same_tokens(name, rng):
     batch = prompts(rng, [4, 2, 0, 3], model=model)
     expected = generate(model, batch, DRAWN, length=6, key=keys_B)
     with jax.set_mesh(parallel.make_mesh(config.MeshConfig(fsdp=2, sequence=2, model=2))):
-        made = generate(on_mesh(model), hosts.put_batch(batch), DRAWN, length=6, key=keys_B)
+        made = generate(tiny.on_mesh(model), hosts.put_batch(batch), DRAWN, length=6, key=keys_B)
     jax.tree.map(np.testing.assert_array_equal, made[:2], expected[:2])
     np.testing.assert_allclose(made.logprobs_BT, expected.logprobs_BT, atol=1e-4)
 
@@ -203,13 +201,6 @@ def shrunk(name: str) -> dict:
         key: value for key, value in small.items() if had.get(key)} | {
         "rope": rope, "moe": dataclasses.replace(moe, experts=min(moe.experts, 4)), "max_length": 24,
         "kv_heads": 2 if had.get("kv_heads", had["heads"]) < had["heads"] else 0}
-
-
-def on_mesh(model):
-    """The model's numbers laid out as a model that is made on the mesh."""
-    made = jax.eval_shape(lambda: Transformer(model.cfg, rngs=nnx.Rngs(0)))
-    mesh = jax.sharding.get_mesh()
-    return jax.tree.map(lambda w, like: jax.device_put(w, NamedSharding(mesh, like.sharding.spec)), model, made)
 
 
 def prompts(rng, sizes, *, model):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from lm_jax import losses
 from lm_jax.config import MoEConfig, TransformerConfig
@@ -37,6 +38,13 @@ def model(family: str = "decoder", **changes) -> Transformer:
         return jnp.asarray(middle + 0.25 * rng.standard_normal(leaf.shape), leaf.dtype)  # 0.25 is 1.4 / sqrt(D)
 
     return jax.tree.map_with_path(draw, shapes)
+
+
+def on_mesh(model: Transformer) -> Transformer:
+    """The model's numbers laid out as a model that is made on the mesh in use."""
+    made = jax.eval_shape(lambda: Transformer(model.cfg, rngs=nnx.Rngs(0)))
+    mesh = jax.sharding.get_mesh()
+    return jax.tree.map(lambda w, like: jax.device_put(w, NamedSharding(mesh, like.sharding.spec)), model, made)
 
 
 def rows(seed: int = 0, *, batch: int = 8, lengths=(6, 7), padding: int = 3, vocab: int = 64) -> dict:

@@ -90,10 +90,10 @@ def _search(model, batch, limits, *, beams, length, vocab):
         hidden_B1D, cache, _ = model.hidden(end_B1 | places, cache=state.cache)
         return _grown(model, dataclasses.replace(state, cache=cache), hidden_B1D, limits, vocab)
 
-    empty_BWT = jnp.zeros((B, W, length), jnp.int32)
-    nothing = Beams(empty_BWT, jnp.zeros((B, W), jnp.int32), empty_BWT.astype(jnp.float32), jnp.full((B, W), NEVER))
-    sums_BW = jnp.broadcast_to(jnp.where(jnp.arange(W) == 0, 0.0, NEVER), (B, W))  # all beams start as one
-    state = _State(jnp.int32(0), nothing._replace(scores_BW=sums_BW), nothing, cache)
+    one = lambda value, *shape: parallel.constrain(jnp.full((B, W, *shape), value), "BAS"[:2 + len(shape)])
+    nothing = Beams(one(0, length), one(0), one(0.0, length), one(NEVER))
+    alone = nothing._replace(scores_BW=jnp.where(jnp.arange(W) == 0, 0.0, nothing.scores_BW))  # all beams start as one
+    state = _State(jnp.int32(0), alone, nothing, cache)
     state = _grown(model, state, wide(last_B1D), limits, vocab)
     state = jax.lax.while_loop(more, write, state)
     scores_BW = _scores(state.alive.scores_BW, state.written, penalty)
@@ -107,10 +107,11 @@ def _grown(model, state: _State, hidden_B1D, limits, vocab) -> _State:
     B, W = alive.lengths_BW.shape
     logprobs_BV = jax.nn.log_softmax(words(model.logits(hidden_B1D)[:, 0]))
     V = logprobs_BV.shape[1]
-    able_BWV = jnp.where(_barred(state, logprobs_BV, limits), NEVER, words(logprobs_BV, vocab)).reshape(B, W, V)
+    able_BV = jnp.where(_barred(state, logprobs_BV, limits), NEVER, words(logprobs_BV, vocab))
+    of_beams = lambda a_BV: jnp.reshape(a_BV, (B, W, V), out_sharding=parallel.like(alive.tokens_BWT))
     enough = min(W * (1 + stops_A.shape[0]), W * V)  # so that W of them do not stop
-    sums_BA, index_BA = jax.lax.top_k((alive.scores_BW[..., None] + able_BWV).reshape(B, W * V), enough)
-    logprobs_BA = jnp.take_along_axis(logprobs_BV.reshape(B, W * V), index_BA, 1)
+    sums_BA, index_BA = jax.lax.top_k((alive.scores_BW[..., None] + of_beams(able_BV)).reshape(B, W * V), enough)
+    logprobs_BA = jnp.take_along_axis(of_beams(logprobs_BV).reshape(B, W * V), index_BA, 1)
     stops_BA = ((index_BA % V)[..., None] == stops_A).any(-1)
 
     def taken(sums_BA):
@@ -120,7 +121,7 @@ def _grown(model, state: _State, hidden_B1D, limits, vocab) -> _State:
         from_BW = best(index_BA // V)
         with_newest = lambda old_BWT, new_BA: jax.lax.dynamic_update_slice_in_dim(
             jnp.take_along_axis(old_BWT, from_BW[..., None], 1), best(new_BA)[..., None], state.written, 2)
-        return Beams(with_newest(alive.tokens_BWT, index_BA % V), jnp.full((B, W), written),
+        return Beams(with_newest(alive.tokens_BWT, index_BA % V), alive.lengths_BW + 1,
                      with_newest(alive.logprobs_BWT, logprobs_BA), sums_BW), from_BW
 
     late_A = limits.early & (jnp.arange(enough) >= W)
@@ -138,7 +139,7 @@ def _barred(state: _State, logprobs_BV, limits):
     early_V = stops_V & (state.written < limits.least)
     if limits.size_B is None:
         return early_V
-    tokens_BT = state.alive.tokens_BWT.reshape(len(logprobs_BV), -1)
+    tokens_BT = parallel.constrain(state.alive.tokens_BWT.reshape(len(logprobs_BV), -1), "BS")
     written_BT = jnp.where(jnp.arange(tokens_BT.shape[1]) < state.written, tokens_BT, -1)
     at_B = jnp.full_like(limits.size_B, limits.prompts_BS.shape[1]) + state.written
     text_BS = jnp.concatenate([limits.prompts_BS, written_BT], 1)
@@ -171,4 +172,4 @@ def _reordered(cache: Cache, rows) -> Cache:
 
 
 def _rows(a_B, index_B):
-    return a_B.at[index_B].get(out_sharding=parallel.like(a_B))
+    return a_B.at[index_B].get(out_sharding=parallel.like(a_B, len(index_B)))

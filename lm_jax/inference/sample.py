@@ -109,7 +109,7 @@ class History:
         found = lambda ids_T, segments_T: jnp.zeros(vocab, bool).at[jnp.where(segments_T > 0, ids_T, vocab)].set(
             True, mode="drop")
         prompt_BV = parallel.per_shard(jax.vmap(found), tokens_BT, segments_BT, letters=("BS", "BS"))
-        at_B = jnp.full_like(segments_BT[:, 0], tokens_BT.shape[1])
+        at_B = parallel.constrain(jnp.full(len(tokens_BT), tokens_BT.shape[1]), "B")
         text_BS = aligned(tokens_BT, segments_BT, room=room) if room else None
         return cls(prompt_BV, jnp.zeros_like(prompt_BV, jnp.int32), text_BS, at_B)
 

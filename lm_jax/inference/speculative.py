@@ -64,6 +64,7 @@ class _State:
 @partial(jax.jit, static_argnames=("length", "ahead", "vocab"))
 def _speculate(model, draft, batch, rules, keys_B, stops_A, *, length, ahead, vocab):
     model, draft, (B, T) = ready(model), ready(draft), batch["tokens"].shape
+    keys_B = parallel.constrain(keys_B, "B")
     slots = T + min(B * (length + ahead), length * (ahead + 1)) + ahead + 1
     cache, last_B1D, end_B1 = prefill(model, batch, slots)
     draft_cache, _, _ = prefill(draft, batch, slots)
