@@ -63,7 +63,7 @@ def value(config, key: str):
 AT_LEAST = {
     "model.width": 1, "model.depth": 1, "model.heads": 1, "model.max_length": 1, "data.length": 2, "data.span": 1,
     "model.moe.groups": 1, "model.moe.top_groups": 1, "model.buckets": 2, "model.farthest": 2,
-    "train.batch": 1, "train.steps": 1, "train.microbatches": 1, "train.log_every": 1, "train.keep": 1,
+    "data.vocab": 1, "train.batch": 1, "train.steps": 1, "train.microbatches": 1, "train.log_every": 1, "train.keep": 1,
     "train.eval_every": 1, "train.checkpoint_every": 1,
 } | dict.fromkeys(("seed", "model.vocab", "model.encoder_depth", "model.kv_heads", "model.head_size", "model.hidden",
                    "model.window", "model.types", "model.labels", "model.latent",
@@ -133,7 +133,7 @@ def _experts(moe):
         yield f"model.moe.top_k={moe.top_k}: between 1 and model.moe.experts={moe.experts}"
     if not moe.pattern or set(moe.pattern) - set("DE"):
         yield f"model.moe.pattern={moe.pattern!r}: letters E (experts) and D (dense)"
-    if moe.experts % moe.groups or not 1 <= moe.top_groups <= moe.groups:
+    if moe.experts % max(moe.groups, 1) or not 1 <= moe.top_groups <= moe.groups:
         yield (f"model.moe.groups={moe.groups} and top_groups={moe.top_groups} with experts={moe.experts}: groups "
                "divide the experts, and some of them are chosen")
     elif moe.groups > 1 and moe.top_k > moe.experts // moe.groups * moe.top_groups:

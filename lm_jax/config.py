@@ -5,22 +5,15 @@ single keys (`--config.optim.lr=3e-4`). `resolve` turns the result into a frozen
 keys, wrong types and impossible combinations at once, before any device is touched.
 """
 
-import ast
-import contextlib
 import dataclasses
 import difflib
-import glob
 import hashlib
 import json
 import math
-import os
-import sys
 import typing
 from dataclasses import dataclass, field
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
 from lm_jax import checks
 from lm_jax.errors import ConfigError
@@ -226,14 +219,13 @@ def default() -> ml_collections.ConfigDict:
 
 def resolve(c: ml_collections.ConfigDict) -> Config:
     """The frozen, checked `Config`; raises one ConfigError that lists everything wrong with `c`."""
-    problems: list[str] = []
+    problems: dict[str, str] = {}  # by key: where a key is wrong by itself, what it has to do with others is not said
     config = _build(Config, c.to_dict(), "", problems)
-    if not problems:
-        problems = [f"{key}={value!r}: choose one of {', '.join(choices)}" for key, choices in CHOICES.items()
-                    if (value := checks.value(config, key)) not in choices]
-    problems = problems or list(checks.impossible(config))
-    if problems:
-        raise ConfigError("this config cannot run:\n  " + "\n  ".join(problems))
+    problems |= {key: f"{key}={value!r}: choose one of {', '.join(choices)}" for key, choices in CHOICES.items()
+                 if (value := checks.value(config, key)) not in choices}
+    more = [line for line in checks.impossible(config) if not any(key in line for key in problems)]
+    if problems or more:
+        raise ConfigError("this config cannot run:\n  " + "\n  ".join([*problems.values(), *more]))
     return config
 
 
@@ -264,54 +256,13 @@ def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def parse(argv: list[str], *, doc: str, switches: dict[str, str] | None = None, **more
-          ) -> tuple[Config, flags.FlagValues]:
-    """Flags of a main: `--config`, overrides of its keys, `--workdir`, `--print_config`, and those of this main.
-
-    `more` maps the name of a flag that takes a string to its help, `switches` that of one which is on or off. Returns
-    the checked config and the flag values; `--help` and `--print_config` print and exit 0.
-    """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "file with a get_config()", flag_values=values, sys_argv=argv)
-    flags.DEFINE_string("workdir", None, "the run's folder; default runs/<config name>", flag_values=values)
-    flags.DEFINE_boolean("print_config", False, "print the resolved config and exit", flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this and exit", short_name="h", flag_values=values)
-    for name, text in more.items():
-        flags.DEFINE_string(name, None, text, flag_values=values)
-    for name, text in (switches or {}).items():
-        flags.DEFINE_boolean(name, False, text, flag_values=values)
-    try:
-        rest = values(argv)[1:]
-        chosen = values["config"].value
-        if chosen is not None:
-            chosen.keys()  # where the file could not be loaded, this is what raises
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as e:
-        raise ConfigError(_explain(e, argv)) from e
-    if values.help:
-        print(f"{doc}\n\n{values.get_help()}\nEvery key of the config is a flag too: --config.optim.lr=3e-4")
-        sys.exit(0)
-    if rest:
-        raise ConfigError(f"unexpected argument {rest[0]!r}: flags start with --, as in --config.train.steps=100")
-    if chosen is None:
-        raise ConfigError("which config? Pass --config=configs/tiny.py")
-    if not isinstance(chosen, ml_collections.ConfigDict):
-        raise ConfigError(f"get_config() returned {type(chosen).__name__}: let it start from lm_jax.config.default()")
-    config = resolve(chosen)
-    for problem in checks.packages(config.train.loggers):
-        raise ConfigError(problem)
-    if values.print_config:
-        print(json.dumps(to_dict(config), indent=2))
-        sys.exit(0)
-    values.workdir = values.workdir or f"runs/{config.name}"
-    return config, values
-
-
-def _build(cls, values: dict, prefix: str, problems: list[str]):
-    """`cls` from nested `values`; appends to `problems` instead of raising."""
+def _build(cls, values: dict, prefix: str, problems: dict[str, str]):
+    """`cls` from nested `values`; adds to `problems` instead of raising, and what is wrong is left at its default."""
     hints = typing.get_type_hints(cls)
     for key in values.keys() - hints.keys():
         near = difflib.get_close_matches(key, hints, n=1)
-        problems.append(f"unknown key {prefix}{key}" + (f": did you mean {prefix}{near[0]}?" if near else ""))
+        problems[f"{prefix}{near[0] if near else key}"] = (
+            f"unknown key {prefix}{key}" + (f": did you mean {prefix}{near[0]}?" if near else ""))
     kept = {}
     for key, hint in hints.items():
         if key not in values:
@@ -321,32 +272,18 @@ def _build(cls, values: dict, prefix: str, problems: list[str]):
             if isinstance(value, dict):
                 kept[key] = _build(hint, value, f"{prefix}{key}.", problems)
             else:
-                problems.append(f"{prefix}{key}={value!r}: a section with keys of its own is wanted")
+                problems[f"{prefix}{key}"] = f"{prefix}{key}={value!r}: a section with keys of its own is wanted"
             continue
         value = float(value) if hint is float and type(value) is int else value
         value = _tuples(value) if hint is tuple and isinstance(value, (list, tuple)) else value
         if type(value) is not hint:
-            problems.append(f"{prefix}{key}={value!r}: wanted {hint.__name__}, got {type(value).__name__}")
+            problems[f"{prefix}{key}"] = f"{prefix}{key}={value!r}: wanted {hint.__name__}, got {type(value).__name__}"
         elif hint is float and not math.isfinite(value):
-            problems.append(f"{prefix}{key}={value!r}: wanted a finite number")
-        kept[key] = value
+            problems[f"{prefix}{key}"] = f"{prefix}{key}={value!r}: wanted a finite number"
+        else:
+            kept[key] = value
     return cls(**kept)
 
 
 def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _explain(error: Exception, argv: list[str]) -> str:
-    """One line for what a flag parser or a config file raised."""
-    for path in (a.split("=", 1)[1].split(":")[0] for a in argv if a.startswith("--config=")):
-        if not os.path.exists(path):
-            there = ", ".join(sorted(glob.glob("configs/*.py"))) or "none in configs/"
-            return f"no config file {path!r}: there are {there}"
-    message = str(error.args[0] if error.args and not isinstance(error, SyntaxError) else error)
-    with contextlib.suppress(ValueError, SyntaxError):
-        message = str(ast.literal_eval(message))  # ml_collections quotes what a KeyError has quoted
-    if "Traceback" in message:  # of the config file, whose last line says it all
-        message = message.strip().splitlines()[-1]
-    message = " ".join(message.split())
-    return f"{message} (in {' '.join(argv[1:])})"

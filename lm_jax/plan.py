@@ -14,12 +14,13 @@ import os
 
 import rich.console
 
-from lm_jax import config, devices, errors
+from lm_jax import command, devices, errors
+from lm_jax.errors import ConfigError
 
 
 def main(argv):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # whatever this machine has is not what is asked about
-    c, values = config.parse(
+    c, values = command.parse(
         argv, doc=__doc__, topology="the hardware, such as v5p-128, 4xv5e-256 or h100-64",
         prices='JSON file of dollars a chip-hour that replace the list prices: {"v5p": 4.2}',
         switches={"json": "print one JSON object", "search": "find the mesh, remat and microbatches",
@@ -28,7 +29,7 @@ def main(argv):
     from lm_jax.recipes import pretrain
 
     if not values.topology:
-        raise config.ConfigError(f"which hardware? Pass --topology={topology.FORMS}")
+        raise ConfigError(f"which hardware? Pass --topology={topology.FORMS}")
     c, hardware = pretrain.planned(c), priced(topology.parse(values.topology), values.prices)
     best = search.search(c, hardware) if values.search else []
     plan = best[0] if best else forecast.Forecast(c, hardware)
@@ -52,11 +53,11 @@ def priced(hardware, path: str | None):
         with open(path, encoding="utf-8") as file:
             prices = json.load(file)
     except (OSError, ValueError) as error:
-        raise config.ConfigError(f"--prices={path}: {error}: a JSON object of dollars a chip-hour, as in "
+        raise ConfigError(f"--prices={path}: {error}: a JSON object of dollars a chip-hour, as in "
                                  '{"v5p": 4.2}') from error
     numbers = isinstance(prices, dict) and all(type(price) in (int, float) and price >= 0 for price in prices.values())
     if not numbers or prices.keys() - devices.DEVICES.keys():
-        raise config.ConfigError(f"--prices={path}: wanted dollars a chip-hour of {', '.join(devices.DEVICES)}, as in "
+        raise ConfigError(f"--prices={path}: wanted dollars a chip-hour of {', '.join(devices.DEVICES)}, as in "
                                  '{"v5p": 4.2}')
     return dataclasses.replace(hardware, device=devices.priced(hardware.device, prices))
 

@@ -9,12 +9,13 @@ import rich.box
 import rich.console
 import rich.table
 
-from lm_jax import config, errors
+from lm_jax import command, errors
+from lm_jax.config import DataConfig
 from lm_jax.data import store
 
 
 def main(argv):
-    settings, _ = config.parse(argv, doc=__doc__)
+    settings, _ = command.parse(argv, doc=__doc__)
     console = rich.console.Console()
 
     def say(line):
@@ -38,7 +39,7 @@ def contents(prepared: store.Store, split: str) -> rich.table.Table:
     return table
 
 
-def fates(prepared: store.Store, data: config.DataConfig) -> rich.table.Table:
+def fates(prepared: store.Store, data: DataConfig) -> rich.table.Table:
     """What became of the documents that the sources hold: kept and dropped together are all of them."""
     invalid = {"replace": "repaired", "drop": "dropped", "error": "found"}[data.invalid]
     table = _table("documents read", "source", "kept", "dropped: white space only", f"{invalid}: not UTF-8")

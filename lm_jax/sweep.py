@@ -22,7 +22,7 @@ import jax
 import rich.console
 from ml_collections import config_flags
 
-from lm_jax import config, errors
+from lm_jax import command, errors
 from lm_jax.errors import ConfigError
 from lm_jax.launchers import LAUNCHERS, slots, submit
 from lm_jax.launchers.local import Pool
@@ -46,8 +46,8 @@ LIMITS = {"jobs": "0", "retries": "2", "minutes": "0", "stacked": str(sweep.STAC
 
 def main(argv):
     jax.config.update("jax_platforms", "cpu")  # accelerators are for the points
-    c, values = config.parse(argv, doc=__doc__, switches={"dry_run": "show the points and what they take, run nothing"},
-                             **FLAGS)
+    shown = {"dry_run": "show the points and what they take, run nothing"}
+    c, values = command.parse(argv, doc=__doc__, switches=shown, **FLAGS)
     launcher, limits = asked(argv, values)
     out = Path(values.out or f"sweeps/{c.name}")
     points = sweep.points(config_flags.get_config_filename(values["config"]), values.config)

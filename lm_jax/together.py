@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from ml_collections import config_flags
 
-from lm_jax import config, errors, faults, hosts, parallel, seal, signals
+from lm_jax import command, errors, faults, hosts, parallel, seal, signals
 from lm_jax.checkpoint import Checkpoints
 from lm_jax.clock import Clock
 from lm_jax.errors import ConfigError, Failure
@@ -28,7 +28,7 @@ FLAGS = {"out": "the sweep's folder", "points": "ids, with commas between",
 
 
 def main(argv):
-    c, values = config.parse(argv, doc=__doc__, **FLAGS, **hosts.FLAGS)
+    c, values = command.parse(argv, doc=__doc__, **FLAGS, **hosts.FLAGS)
     faults.planned()
     hosts.start(values.coordinator, values.processes, values.process, deterministic=c.train.deterministic)
     points = asked(sweep.points(config_flags.get_config_filename(values["config"]), values.config), values)

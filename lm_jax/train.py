@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from lm_jax import config, errors, faults, hosts, parallel, signals
+from lm_jax import command, config, errors, faults, hosts, parallel, signals
 from lm_jax.clock import Clock, age
 from lm_jax.errors import ConfigError
 from lm_jax.preflight import room
@@ -29,7 +29,7 @@ START = "folder of a run to begin as: one that differs in its length alone, befo
 def main(argv):
     if any(argument.startswith("--doctor") for argument in argv):
         return examined(argv)
-    c, values = config.parse(argv, doc=__doc__, start=START, **hosts.FLAGS)
+    c, values = command.parse(argv, doc=__doc__, start=START, **hosts.FLAGS)
     faults.planned()  # what is wrong with them is said before anything is done
     hosts.start(values.coordinator, values.processes, values.process, deterministic=c.train.deterministic)
     shared = replace(c, data=replace(c.data, root=""))  # each machine may have a folder of its own

@@ -10,7 +10,7 @@ import sys
 import ml_collections
 import pytest
 
-from lm_jax import config
+from lm_jax import command, config
 from lm_jax.config import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -175,7 +175,7 @@ def test_every_choice_names_its_default():
 
 
 def parse(*argv: str, workdir=None):
-    return config.parse(["train.py", *argv], doc="Trains.")
+    return command.parse(["train.py", *argv], doc="Trains.")
 
 
 def test_the_command_line_overrides_single_keys():
@@ -207,9 +207,9 @@ def test_a_command_line_that_is_wrong_is_a_config_error(argv, said, monkeypatch)
 def test_a_program_ends_with_code_2_and_one_message_before_any_device():
     program = """
 import sys
-from lm_jax import config, errors
+from lm_jax import command, errors
 def main(argv):
-    config.parse(argv, doc="Trains.")
+    command.parse(argv, doc="Trains.")
     return 0
 try:
     errors.run(main)

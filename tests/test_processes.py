@@ -15,7 +15,7 @@ import jax
 import pytest
 import tiny
 
-from lm_jax import config, hosts, optim, parallel, update
+from lm_jax import command, hosts, optim, parallel, update
 from lm_jax.config import MeshConfig
 from lm_jax.data import store
 from lm_jax.models.layers import kinds
@@ -173,7 +173,7 @@ def test_four_processes_give_the_numbers_of_one_on_any_mesh(tmp_path):
 
 def host():
     """One of four processes: trains briefly on each mesh, and writes the numbers that it sees."""
-    _, values = config.parse(sys.argv, doc="", **hosts.FLAGS)
+    _, values = command.parse(sys.argv, doc="", **hosts.FLAGS)
     hosts.start(values.coordinator, values.processes, values.process)
     folder, found = pathlib.Path(values.workdir), {}
     for mesh in MESHES:
@@ -185,7 +185,7 @@ def host():
 
 def numbers(root) -> list[float]:
     """What three steps and an evaluation give under the mesh in use, with a store in a folder."""
-    c, _ = config.parse(["", *SETTINGS, f"--config.data.root={root}"], doc="")
+    c, _ = command.parse(["", *SETTINGS, f"--config.data.root={root}"], doc="")
     recipe = pretrain.Pretraining(c, store.prepare(c.data, say=lambda line: None))
     plan, model = recipe.recipe(), recipe.model()
     tx, rate = optim.make(c.optim, c.train.steps, kinds(model)), optim.schedule(c.optim, c.train.steps)

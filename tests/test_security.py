@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import speakers
-from lm_jax import config, disk, hub, seal
+from lm_jax import command, disk, hub, seal
 from lm_jax.checkpoint import Checkpoints, NoCheckpointError
 from lm_jax.config import DataConfig
 from lm_jax.data import build, shards, store, tokenizer
@@ -315,12 +315,12 @@ def test_a_chat_template_reaches_no_python(source, canary):
 @pytest.mark.parametrize("value", ["!!python/object/apply:os.system ['touch CANARY']", "${oc.env:HOME}",
                                    "__import__('os').system('touch CANARY')", "$(touch CANARY)", "`touch CANARY`"])
 def test_values_of_flags_are_only_values(value, canary):
-    c, _ = config.parse(["x", f"--config={ROOT}/configs/tiny.py", "--config.data.tokenizer=" +
+    c, _ = command.parse(["x", f"--config={ROOT}/configs/tiny.py", "--config.data.tokenizer=" +
                          value.replace("CANARY", str(canary))], doc="")
     assert c.data.tokenizer == value.replace("CANARY", str(canary))
     for key in ("optim.betas", "train.steps", "optim.lr"):
         with pytest.raises(ConfigError):
-            config.parse(["x", f"--config={ROOT}/configs/tiny.py", f"--config.{key}=" +
+            command.parse(["x", f"--config={ROOT}/configs/tiny.py", f"--config.{key}=" +
                           value.replace("CANARY", str(canary))], doc="")
 
 

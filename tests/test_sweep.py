@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from lm_jax import config
+from lm_jax import command, config
 from lm_jax import sweep as program
 from lm_jax.errors import ConfigError, DataError
 from lm_jax.launchers.local import Pool
@@ -44,7 +44,7 @@ def read(tmp_path, points: str, *flags):
     """The points of a config file that returns `points`, and the arguments that ask for it."""
     path = written(tmp_path, points)
     argv = ["sweep", f"--config={path}", *flags]
-    return sweep.points(str(path), config.parse(argv, doc="")[1].config), argv
+    return sweep.points(str(path), command.parse(argv, doc="")[1].config), argv
 
 
 def test_what_does_not_decide_the_numbers_does_not_name_a_point(tmp_path):
@@ -83,7 +83,7 @@ def test_a_points_command_makes_exactly_its_config(tmp_path):
                         "1e-9", "--config.data.epochs=()")
     (job,) = sweep.jobs(points, {points[0].id}, argv, tmp_path / "out", minutes=3)
     assert job.argv[:3] == ("python", "-m", "lm_jax.train") and "--config.train.steps=7" not in job.argv
-    parsed, values = config.parse(list(job.argv[2:]), doc="")
+    parsed, values = command.parse(list(job.argv[2:]), doc="")
     assert parsed == points[0].config and parsed.optim.eps == 1e-9 and parsed.data.epochs == (2.0,)
     assert values.workdir == str(tmp_path / "out/points" / job.id) and job.minutes == 3
     numpy = sweep.resolved(values.config, {"optim.lr": np.float64(1.0), "seed": np.int64(3)})
