@@ -2,8 +2,7 @@
 
 The alphabet: B batch, T tokens, S keys, D width, F hidden, N query heads, K key/value heads, H head size, V vocabulary,
 L layers, E experts, P position rows, G token types, U relative buckets. Axes are explicit: a sharding is part of an
-array's type, and a wrong layout is an error at trace time on the line that caused it. With no mesh set, all of this
-is silent and arrays live where JAX puts them.
+array's type, and a wrong layout is an error at trace time on the line that caused it. Without a mesh all is silent.
 """
 
 import math
@@ -123,10 +122,8 @@ def constrain(x, letters: str):
 
 def like(x, rows: int = 0) -> PartitionSpec | None:
     """The layout of `x`, to be given to a new array of its shape, or of so many `rows`; None without a mesh."""
-    if not _axis_sizes():
-        return None
-    spec = jax.typeof(x).sharding.spec
-    return PartitionSpec(*activation("B", (rows,)), *spec[1:]) if rows else spec
+    spec = jax.typeof(x).sharding.spec if _axis_sizes() else None
+    return PartitionSpec(*activation("B", (rows,)), *spec[1:]) if rows and spec is not None else spec
 
 
 def per_rows(f, x_BTD, *per_token, tables):
