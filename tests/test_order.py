@@ -86,7 +86,7 @@ def test_packed_rows_of_weighted_sources_in_stages_go_on_in_order_from_every_ste
     data = sources(tmp_path, strategy=strategy, weights=stages)
     train = loader(data, 50)
     with train.stream(0) as stream:
-        whole = list(stream)
+        whole = list(itertools.islice(stream, 50))
     source, index = train.locate(np.arange(50 * BATCH))
     turns = [np.flatnonzero(source == s)[size::size] for s, size in enumerate(train.sizes)]  # first rows of epochs
     assert all(map(len, turns)) and any((np.concatenate(turns) % BATCH) > 0), "epochs end within steps"
@@ -95,10 +95,8 @@ def test_packed_rows_of_weighted_sources_in_stages_go_on_in_order_from_every_ste
             same(next(stream), whole[step])
     for step in {0, 20, 37, 38, *(turn[0] // BATCH for turn in turns), *(turn[0] // BATCH + 1 for turn in turns)}:
         with loader(data, 50).stream(step) as stream:
-            rest = list(stream)
-        assert len(rest) == 50 - step
-        for a, b in zip(rest, whole[step:]):
-            same(a, b)
+            for a, b in zip(whole[step:], stream):
+                same(a, b)
 
 
 def same(a, b):
@@ -123,7 +121,7 @@ with hosts.jax.set_mesh(parallel.make_mesh(config.MeshConfig())):
 found = {"here": here}
 for cursor in json.loads(cursors):
     with train.stream(cursor, here) as stream:
-        found[str(cursor)] = np.stack([batch["tokens"] for batch in stream])
+        found[str(cursor)] = np.stack([next(stream)["tokens"] for _ in range(cursor, int(steps))])
 np.savez(f"{data.root}/{hosts.jax.process_count()}-{hosts.jax.process_index()}.npz", **found)
 """
 
