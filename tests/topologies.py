@@ -44,9 +44,8 @@ def ended(running: list[subprocess.Popen]):
 
 
 def losses(folder: pathlib.Path) -> list[float]:
-    """The loss of each step of a run, and of its evaluation."""
-    rows = map(json.loads, (folder / "metrics.jsonl").open())
-    return [row["val_loss"] if "tag" in row else row["loss"] for row in rows]
+    """The loss of each step of a run."""
+    return [json.loads(row)["loss"] for row in (folder / "metrics.jsonl").open()]
 
 
 def process(name: str, root: str, folders: str, *join: str):
@@ -62,18 +61,17 @@ def process(name: str, root: str, folders: str, *join: str):
     root, c = pathlib.Path(root), config.default()
     c.model.update(width=32, depth=1, heads=2, dtype="float32", dropout=0.1)
     c.data.update(sources="markov:documents=300,length=31", root=str(root / "data"), tokenizer="byte", length=32)
-    c.optim.update(warmup=2, ema=0.9)
-    c.train.update(steps=12, batch=8, checkpoint_every=12, eval_every=6, eval_rows=16)
+    c.optim.update(warmup=2)
+    c.train.update(steps=12, batch=8, checkpoint_every=12)
     c.mesh.update(TOPOLOGIES[name][2])
     c = config.resolve(c)
     with jax.set_mesh(parallel.make_mesh(c.mesh)):
         recipe = pretrain.Pretraining(c, store.prepare(c.data, say=hosts.say))
-        hooks = (pretrain.evaluate_every(c, pretrain.Evaluation(recipe)),)
         for folder in folders.split(","):
             workdir = Workdir(root / folder, writes=jax.process_index() == 0)
             with contextlib.closing(workdir):
                 workdir.open(config.to_dict(c), hosts.mark())
-                with trainer.Trainer(c, recipe.model(), recipe.recipe(hooks), workdir, say=hosts.say) as it:
+                with trainer.Trainer(c, recipe.model(), recipe.recipe(), workdir, say=hosts.say) as it:
                     assert it.fit() == "ok"
     hosts.exchange("end", "")
 
