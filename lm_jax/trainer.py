@@ -101,6 +101,8 @@ class Trainer:
 
     def __exit__(self, *error):
         self.log.close()
+        with self.clock.phase("save"), contextlib.suppress(checkpoint.CheckpointError):
+            self.checkpoints.wait()  # where an error ends the run amid a save: Python's own end would wait for ever
 
     def restore(self, start, say) -> tuple[int, float]:
         """Go on from the newest intact checkpoint, if there is one; its step, and the seconds of training before it."""

@@ -45,10 +45,10 @@ STEPS, EVERY = 24, 3  # steps of a run, and between its checkpoints
 KILLS = 5  # of one run
 SETTINGS = ["--config=configs/tiny.py", "--config.model.width=16", "--config.model.depth=1", "--config.data.length=64",
             "--config.data.sources=markov:documents=300,length=63", "--config.data.tokenizer=byte",
-            f"--config.train.steps={STEPS}", "--config.train.batch=8", f"--config.train.checkpoint_every={EVERY}",
-            "--config.train.eval_every=8", "--config.train.log_every=1", "--config.optim.name=adamw",
+            f"--config.train.steps={STEPS}", "--config.train.batch=8", "--config.train.eval_every=8",
+            "--config.train.log_every=1", "--config.optim.name=adamw",
             "--config.model.dropout=0.1", "--config.optim.ema=0.9"]
-LIMIT = 600  # seconds after which a life has hung
+LIMIT = 300  # seconds after which a life has hung
 FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -82,7 +82,7 @@ def main(argv):
 
 
 class Box:
-    """A folder of runs; one of them, `whole`, was never harmed and has kept all its checkpoints.
+    """A folder of runs; one of them, `whole`, was never harmed and has a checkpoint of each step.
 
     What harms a run is a generator of what was done and what it lost, "" for nothing.
     """
@@ -90,7 +90,8 @@ class Box:
     def __init__(self, folder: Path, jobs: int):
         self.folder, self._pool, self._lock, self._made = folder, ThreadPoolExecutor(jobs), threading.Lock(), 0
         self.whole = folder / "whole"
-        assert code(self.start(self.whole, keep=STEPS)) == 0, log(self.whole)  # which fills the cache of programs
+        process = self.start(self.whole, keep=STEPS, every=1)  # which fills the cache of programs, too
+        assert code(process) == 0, log(self.whole)
         self.steps = sorted(saved(self.whole))
         self.like = like(self.whole / "checkpoints" / str(self.steps[0]))
         self.states = {step: state(self, self.whole, step) for step in self.steps}
@@ -103,11 +104,15 @@ class Box:
         """What `harm(box, run, task)` did to a run for each task, and what that lost."""
 
         def one(task):
-            run = self.new()
+            run, done = self.new(), []
             try:
-                return [(what, loss and f"{task}: {loss}") for what, loss in harm(self, run, task)]
+                for what, loss in harm(self, run, task):
+                    done.append((what, loss and f"{task}: {loss}"))
+            except Exception as e:
+                done.append(("not judged", f"{task}: {type(e).__name__}: {e}"))
             finally:
                 shutil.rmtree(run, ignore_errors=True)
+            return done
 
         return [done for all in self._pool.map(one, tasks) for done in all]
 
@@ -116,10 +121,10 @@ class Box:
             self._made += 1
             return self.folder / f"run-{self._made}"
 
-    def start(self, run: Path, faults: str = "", keep: int = 2):
+    def start(self, run: Path, faults: str = "", keep: int = 2, every: int = EVERY):
         """A start of the run, which goes on if there is something to go on from; what it says is in <run>.log."""
-        argv = ["train", *SETTINGS, f"--config.train.keep={keep}", f"--config.data.root={self.folder / 'data'}",
-                f"--workdir={run}"]
+        argv = ["train", *SETTINGS, f"--config.train.keep={keep}", f"--config.train.checkpoint_every={every}",
+                f"--config.data.root={self.folder / 'data'}", f"--workdir={run}"]
         Path(f"{run}.log").write_text("")
         process = FORKS.Process(target=live, args=(argv, f"{run}.log", faults))
         process.start()
@@ -256,7 +261,7 @@ def hopeless(box: Box, run: Path, task):
     for step in saved(run):
         os.truncate(run / "checkpoints" / str(step) / seal.NAME, 5)
     rows = (run / "metrics.jsonl").read_bytes()
-    codes = [code(box.start(run, keep=STEPS)) for _ in range(2)]
+    codes = [code(box.start(run, keep=STEPS, every=1)) for _ in range(2)]
     same = rows == (run / "metrics.jsonl").read_bytes()
     yield "no checkpoint intact", "" if codes == [79, 79] and same else f"codes {codes}: {said(run)}"
 
