@@ -219,7 +219,7 @@ class Checkpoints:
         damaged = list(self.folder.glob("*.bad*"))
         for path in reversed([path for path in self._numbered() if int(path.name) <= most]):
             try:
-                seal.verify(path)
+                seal.verify(path, step=int(path.name))
                 return int(path.name)
             except seal.DamagedError as e:
                 damaged.append(self._quarantine(path, str(e)))

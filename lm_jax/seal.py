@@ -38,9 +38,14 @@ def read(folder) -> dict:
     return body
 
 
-def verify(folder):
-    """Raise DamagedError unless every file is what it was: sizes first, as they cost nothing."""
-    files = read(folder)["files"]
+def verify(folder, **expected):
+    """Raise DamagedError unless every file is what it was, sizes first, as they cost nothing, and the body has what is
+    expected of a folder of this name."""
+    body = read(folder)
+    for key, value in expected.items():
+        if body[key] != value:
+            raise DamagedError(f"it was written as {key} {body[key]}")
+    files = body["files"]
     for name, (size, _) in files.items():
         file = folder / name
         if not file.is_file() or file.is_symlink():

@@ -106,7 +106,7 @@ def beginning(point: sweep.Point, out: Path) -> str | None:
     folder, kept = out / "points" / point.sibling, False
     if point.begins and point.begins in Checkpoints(folder / "checkpoints").steps():
         try:
-            seal.verify(folder / "checkpoints" / str(point.begins))
+            seal.verify(folder / "checkpoints" / str(point.begins), step=point.begins)
             kept = True
         except seal.DamagedError as damage:
             hosts.say(f"{point} begins at its first step: checkpoint {point.begins} of {folder} is damaged: {damage}")

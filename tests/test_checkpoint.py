@@ -110,9 +110,10 @@ def test_a_harmed_file_makes_it_fall_back_and_say_why(saved, tmp_path):
     assert len(files) > 8
     for file in files:
         for harm, reason in ((_flip, "SHA-256|cannot be read"), (_truncate, "bytes of|cannot be read"),
-                             (os.remove, "missing|has no MANIFEST")):
+                             (os.remove, "missing|has no MANIFEST"), (_zero, "SHA-256|cannot be read"),
+                             (_empty, "bytes of|cannot be read")):
             folder = _copy(saved, tmp_path)
-            if harm is _truncate and not (folder / "6" / file).stat().st_size:
+            if harm in (_truncate, _zero, _empty) and not (folder / "6" / file).stat().st_size:
                 continue
             harm(folder / "6" / file)
             _falls_back(folder, reason, also=file.name if "MANIFEST" not in file.name else "MANIFEST")
@@ -124,6 +125,8 @@ def test_junk_named_like_a_step_makes_it_fall_back_and_say_why(saved, tmp_path):
     (folder / "9999").mkdir()
     said = _falls_back(folder, "has no MANIFEST")
     assert "9999" in said
+    shutil.copytree(folder / "3", folder / "12")
+    assert "it was written as step 3" in _falls_back(folder, "12 is damaged")
     (folder / "10").write_text("a file, not a checkpoint")
     assert Checkpoints(folder, keep=2).restore(_tree(0))[0] == 3
 
@@ -287,6 +290,14 @@ def _flip(path):
 
 def _truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
+
+
+def _zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def _empty(path):
+    os.truncate(path, 0)
 
 
 def _tree(step):

@@ -77,7 +77,7 @@ def _checkpoints(folder: Path) -> tuple[list[int], int, list[str]]:
     whole, lines = [], []
     for step in found.steps():
         try:
-            seal.verify(found.folder / str(step))
+            seal.verify(found.folder / str(step), step=step)
             whole.append(step)
             lines.append(f"checkpoint {step:,}: whole, every file's SHA-256 is that of its manifest")
         except seal.DamagedError as error:
