@@ -14,7 +14,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from lm_jax import checks, config
+from lm_jax import checks, config, credentials
 from lm_jax.errors import ConfigError
 
 UNREAD = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError)  # of _read
@@ -43,8 +43,8 @@ def parse(argv: list[str], *, doc: str, switches: dict[str, str] | None = None, 
     if not isinstance(chosen, ml_collections.ConfigDict):
         raise ConfigError(f"get_config() returned {type(chosen).__name__}: let it start from lm_jax.config.default()")
     c = config.resolve(chosen)
-    if lacking := list(checks.packages(c.train.loggers)):
-        raise ConfigError("\n  ".join(lacking))
+    if unfit := [*checks.packages(c.train.loggers), *_credentials(config.to_dict(c)), *_credentials({"argv": argv})]:
+        raise ConfigError("\n  ".join(unfit))
     if values.print_config:
         print(json.dumps(config.to_dict(c), indent=2))
         sys.exit(0)
@@ -88,6 +88,17 @@ def _everything(first: Exception, argv: list[str], read) -> str:
         except ConfigError as error:
             lines += str(error).splitlines()[1:]
     return "\n  ".join(line.strip() for line in lines)
+
+
+def _credentials(values: dict):
+    """What of a config, or of a command, would be written down and must not be."""
+    for key, value in values.items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, dict):
+                yield from _credentials(one)
+            elif found := credentials.shown(str(one)):
+                yield (f"{key} holds {found[:3]}..., which looks like a credential, and a run's folder is no place for "
+                       "one: keep it in the environment")
 
 
 def _unknown(argument: str) -> str:

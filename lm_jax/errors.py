@@ -5,6 +5,8 @@ import os
 import select
 import sys
 
+from lm_jax import credentials
+
 AGAIN = "interrupted; the same command goes on from what was saved"
 MEMORY = "lower train.batch or data.length, raise train.microbatches, or set model.remat='full'"
 
@@ -35,7 +37,7 @@ def run(main, *, again: str = AGAIN, memory: str = MEMORY):
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         message, code = f"{str(e).splitlines()[0][:200]}: {memory}", 2
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {credentials.masked(message)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -13,6 +13,7 @@ FILES = sorted((ROOT / "lm_jax").rglob("*.py"))
 
 # From the bottom up. A module may import what is below it and the rest of its own package.
 LAYERS = (
+    ("credentials",),
     ("errors",),
     ("checks", "disk", "devices"),
     ("config", "lease", "faults"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import yaml
 
+from lm_jax import credentials
 from lm_jax.errors import ConfigError
 from lm_jax.launchers.job import Job
 
@@ -34,9 +35,6 @@ FORMS = {  # of a setting's text: what it must match, in words
     "line": (r"[^\x00-\x1f]+", "one line"),
 }
 READ = {"number": int, "switch": lambda text: text == "true"}
-CREDENTIAL = re.compile(  # of Hugging Face, GitHub, Google, Amazon, OpenAI and the like, Slack; and private keys
-    r"\bhf_\w{20,}|\bgh[opsu]_\w{20,}|\bgithub_pat_\w{20,}|\bAIza[\w-]{30,}|\bya29\.|\bAKIA[A-Z0-9]{16}|\bsk-[\w-]{20,}"
-    r"|\bxox[abpr]-[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY")
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,8 @@ def checked(jobs: Sequence[Job]) -> list[Job]:
 
 
 def no_credential(where: str, text: str):
-    if found := CREDENTIAL.search(text):
-        raise ConfigError(f"{where}{found.group()[:4]}... looks like a credential, and files are no place for one: "
+    if found := credentials.shown(text):
+        raise ConfigError(f"{where}{found[:3]}... looks like a credential, and files are no place for one: "
                           "keep it in the environment, or in the launcher's setting `secret`")
 
 
