@@ -120,9 +120,9 @@ def model(m):
     elif m.window_pattern != "S" and not m.window:
         yield (f"model.window_pattern={m.window_pattern!r} with model.window=0: say how many tokens a sliding layer "
                "sees, or leave the pattern at 'S'")
-    if m.pooler != "none" and (m.causal or m.head not in ("classes", "none")):
-        yield (f"model.pooler={m.pooler!r} with model.head={m.head!r}: it stands before model.head='classes' of a "
-               "model with model.causal=False, or alone")
+    if m.pooler != "none" and m.head != "classes" and (m.causal or m.head != "none"):
+        yield (f"model.pooler={m.pooler!r} with model.head={m.head!r}: it stands before model.head='classes', or alone "
+               "in a model with model.causal=False")
     yield from _positions(m)
     yield from _latent(m)
     yield from _mup(m)

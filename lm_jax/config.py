@@ -92,7 +92,7 @@ class TransformerConfig:
     head: str = "lm"  # lm | mlm (dense, act, norm, tied, bias) | mlm_pairs (mlm, pooler, next-sentence head), or of
     #                   fine-tuned models: classes of a row | tags of each token | span (question answering) | none
     labels: int = 0  # outputs of the heads that are not over the vocabulary; 0 is 2
-    pooler: str = "none"  # none | tanh | relu: a layer over a row's first token, before its classes (BERT: tanh)
+    pooler: str = "none"  # none | tanh | relu: a layer over a row's token, before its classes (BERT: tanh)
     dropout: float = 0.0
     init_std: float = 0.0  # 0: 1/sqrt(fan-in), embeddings 0.02; else every table and matrix (GPT-2: 0.02)
     base_width: int = 0  # > 0 is muP with depth scaling (CompleteP): hyperparameters transfer from this width

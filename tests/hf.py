@@ -64,6 +64,9 @@ MODELS = {
     "t5": (hf.T5Config, T5, hf.T5ForConditionalGeneration),
     "t5-v1.1": (hf.T5Config, T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
                 hf.T5ForConditionalGeneration),
+    "t5-classes": (hf.T5Config, T5 | dict(num_labels=4), hf.T5ForSequenceClassification),
+    "t5-tags": (hf.T5Config, T5 | dict(num_labels=4, feed_forward_proj="gated-gelu"), hf.T5ForTokenClassification),
+    "t5-span": (hf.T5Config, T5, hf.T5ForQuestionAnswering),
     "mixtral": (hf.MixtralConfig, SMALL | dict(num_local_experts=4, num_experts_per_tok=2), hf.MixtralForCausalLM),
     "qwen3-moe": (hf.Qwen3MoeConfig, SMALL | EXPERTS | dict(head_dim=12, norm_topk_prob=True), hf.Qwen3MoeForCausalLM),
     "qwen3-moe-mixed": (hf.Qwen3MoeConfig, SMALL | EXPERTS | dict(head_dim=12, mlp_only_layers=[1]),
@@ -90,8 +93,12 @@ def made(name: str, *, dtype=torch.float32, seed: int = 0):
 def outputs(model, tokens, **more):
     """What the head of a model gives: logits, the two of question answering as one, or hidden states; of an
     encoder-decoder, which reads `tokens` twice, its decoder's."""
-    if model.config.is_encoder_decoder:
+    if hasattr(model.base_model, "decoder"):
         more = {"decoder_input_ids": tokens} | more
+    if hasattr(model, "classification_head"):  # it wants rows to end in </s>, whose state it reads
+        states = model.transformer(input_ids=tokens, **more).last_hidden_state
+        last = more["attention_mask"].sum(1) - 1 if "attention_mask" in more else [-1] * len(tokens)
+        return model.classification_head(states[range(len(tokens)), last])
     out = model(input_ids=tokens, **more)
     if hasattr(out, "start_logits"):
         return torch.stack([out.start_logits, out.end_logits], -1)

@@ -53,6 +53,8 @@ FOLDERS = {  # name -> (golden model, kind of tokenizer)
     "gpt2-classes": (GOLDEN["gpt2-classes"], "metaspace"),
     "gpt2": (GOLDEN["gpt2"], "metaspace"),
     "t5": (shallow(GOLDEN["t5"]), "unigram"),
+    "t5-classes": (GOLDEN["t5-classes"] | {"config": GOLDEN["t5-classes"]["config"] | {"decoder_start_token_id": 0}},
+                   "unigram"),
 }
 LONG = " ".join([TEXT] * 3)
 TWO = ["the film was very good .", "a bad plot , but great music !"]
@@ -65,6 +67,7 @@ CASES = {  # name -> (folder, task, input or inputs by name, knobs)
     "classify-long": ("sentiment", "text-classification", LONG, {"truncation": True}),
     "classify-pair": ("sides", "text-classification", {"text": TWO[0], "text_pair": TWO[1]}, {"top_k": None}),
     "classify-decoder": ("gpt2-classes", "text-classification", TWO[1], {"top_k": None}),
+    "classify-both": ("t5-classes", "text-classification", TWO, {"top_k": None}),
     "zero-shot": ("nli", "zero-shot-classification", TWO[0], {"candidate_labels": "music, film, bank"}),
     "zero-shot-each": ("nli", "zero-shot-classification", TWO, {
         "candidate_labels": ["music", "film"], "multi_label": True, "hypothesis_template": "it works for the {} ."}),

@@ -79,7 +79,7 @@ def test_hidden_states_of_long_rows(pair):
     given = {"input_ids": torch.tensor([long])}
     with torch.no_grad():
         if ours.cfg.encoder_depth:
-            out = theirs(**given, decoder_input_ids=given["input_ids"], output_hidden_states=True)
+            out = theirs.base_model(**given, decoder_input_ids=given["input_ids"], output_hidden_states=True)
             expected = out.decoder_hidden_states[-1]
         else:
             expected = theirs.base_model(**given).last_hidden_state

@@ -312,7 +312,7 @@ def test_rows_that_a_model_cannot_read_are_refused(folder):
         hub.logits(model, [[1], []])
     with pytest.raises(ConfigError, match="token 99 is none of this model's 99"):
         hub.logits(model, [[1, 99]])
-    with pytest.raises(ConfigError, match="a row of 65 tokens: this model has learned 64"):
+    with pytest.raises(ConfigError, match="row 0 has 65 tokens and this model learned 64 positions"):
         hub.logits(model, [[1] * 65])
     with pytest.raises(ConfigError, match="decoder_tokens"):
         hub.logits(model, [[1]], [[1]])

@@ -158,6 +158,14 @@ def test_a_folder_says_how_its_model_writes(made, tmp_path):
     assert whole[0].keys() == cut[0].keys() == {"summary_text"}
 
 
+def test_where_nobody_says_how_long_a_text_ends_with_the_models_positions(run):
+    write = run("text-generation", "gpt2")
+    begun = len(write.by.speaker.ids(TWO[0]))
+    assert write(TWO[0]) == write(TWO[0], max_new_tokens=64 + 1 - begun)
+    with refused("pass model.max_length=64 learned positions: at most 65 in all"):
+        write(TWO[0], max_new_tokens=64 + 2 - begun)
+
+
 def test_a_folder_of_summaries_is_followed(made, tmp_path):
     """As those of the published T5: at least so long, and ended early; with a penalty by one beam, which is said."""
     folder, said = shutil.copytree(made("t5"), tmp_path / "t5"), []

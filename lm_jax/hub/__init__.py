@@ -5,7 +5,7 @@
     hub.save(model, "another folder")
 """
 
-from lm_jax.hub.model import batch, load, logits, save
+from lm_jax.hub.model import batch, labelled, load, logits, save
 from lm_jax.hub.store import path
 
-__all__ = ["batch", "load", "logits", "path", "save"]
+__all__ = ["batch", "labelled", "load", "logits", "path", "save"]

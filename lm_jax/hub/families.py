@@ -190,14 +190,18 @@ _all = (
         lambda cfg: names.DISTILBERT, prefix="distilbert.", heads=names.DISTILBERT_HEAD, pools={"classes": "relu"},
         labels=CLASSIFIERS,
         passed_over=(r"embeddings\.position_ids$", r"^vocab_projector\.weight$")),
-    Family("t5", _classes("T5", lm="ForConditionalGeneration", classes="", tags="", span=""), (
+    Family("t5", _classes("T5", lm="ForConditionalGeneration"), (
         keys(vocab_size="vocab", d_model="width", d_kv="head_size", d_ff="hidden", num_heads="heads",
              relative_attention_num_buckets=("buckets", 32), relative_attention_max_distance=("farthest", 128),
-             layer_norm_epsilon=("norm_eps", 1e-6)), say.t5(), say.dropout("dropout_rate"),
-        always(positions="relative", attention_scale=1.0)),
-        lambda cfg: names.T5_GATED if cfg.gated else names.T5, prefix="",
+             layer_norm_epsilon=("norm_eps", 1e-6)), say.t5(alone="T5ForTokenClassification"),
+        say.dropout("dropout_rate"), always(positions="relative", attention_scale=1.0)),
+        lambda cfg: names.t5(gated=cfg.gated, alone=not cfg.encoder_depth),
+        prefix="", prefixes={"classes": "transformer.", "tags": "transformer."}, pools={"classes": "tanh"},
+        heads={"unembed": "lm_head", "pool.dense": "classification_head.dense"},
+        labels=CLASSIFIERS | {"classes": "classification_head.out_proj"},
         seen=lambda tensors, head: {"tied": "lm_head.weight" not in tensors},
-        passed_over=(r"^(en|de)coder\.embed_tokens\.weight$", r"EncDecAttention\.relative_attention_bias")),
+        passed_over=(r"^(transformer\.)?(en|de)coder\.embed_tokens\.weight$",
+                     r"EncDecAttention\.relative_attention_bias")),
     Family("mixtral", _classes("Mixtral"), (
         *ROTARY, ropes.rope(1e6), say.window(None), NO_BIAS,
         say.experts(keys(), num_local_experts=("moe.experts", 8), num_experts_per_tok=("moe.top_k", 2))),

@@ -89,17 +89,21 @@ def logits(model: Transformer, tokens, decoder_tokens=None) -> np.ndarray:
     of tokens, [B, C] over those of rows; [B, T, D] of a model without a head.
 
     Rows may differ in length: what stands past the end of one means nothing. An encoder reads `tokens` and its decoder
-    `decoder_tokens`, by default the one token 0 with which T5 begins. Products of float32 are whole ones on any device.
+    `decoder_tokens`, by default the one token 0 with which T5 begins, or, for labels, as in `labelled`. Products of
+    float32 are whole ones on any device.
     """
-    rows = batch(model.cfg, tokens)
-    if model.cfg.encoder_depth:
-        starts = [[0]] * len(rows["tokens"]) if decoder_tokens is None else decoder_tokens
-        rows = batch(model.cfg, starts) | {"source": rows}
-    elif decoder_tokens is not None:
+    cfg = model.cfg
+    if decoder_tokens is not None and not cfg.encoder_depth:
         raise ConfigError("decoder_tokens are of a model with an encoder and a decoder: pass all as tokens")
+    if decoder_tokens is None and cfg.head in ("classes", "tags", "span"):
+        rows = labelled(cfg, tokens)
+    else:
+        rows = batch(cfg, tokens)
+        starts = [[0]] * len(rows["tokens"]) if decoder_tokens is None else decoder_tokens
+        rows = batch(cfg, starts) | {"source": rows} if cfg.encoder_depth else rows
     with jax.default_matmul_precision("highest"):
         scores = np.asarray(_forward(model, rows), np.float32)
-    return scores[:, 0] if model.cfg.head == "classes" else scores
+    return scores[:, 0] if cfg.head == "classes" else scores
 
 
 def batch(cfg: TransformerConfig, tokens, types=None, *, width: int = 1) -> Batch:
@@ -109,8 +113,10 @@ def batch(cfg: TransformerConfig, tokens, types=None, *, width: int = 1) -> Batc
     lengths = [len(row) for row in rows]
     if not rows or not min(lengths):
         raise ConfigError("a row without tokens: each needs one at least")
-    if cfg.positions == "learned" and max(lengths) > cfg.max_length:
-        raise ConfigError(f"a row of {max(lengths)} tokens: this model has learned {cfg.max_length} positions: cut it")
+    longest = int(np.argmax(lengths))
+    if cfg.positions == "learned" and lengths[longest] > cfg.max_length:
+        raise ConfigError(f"row {longest} has {lengths[longest]} tokens and this model learned {cfg.max_length} "
+                          "positions: cut it")
     for row in rows:
         if row.min() < 0 or row.max() >= cfg.vocab:
             wrong = next(i for i in row if not 0 <= i < cfg.vocab)
@@ -122,6 +128,15 @@ def batch(cfg: TransformerConfig, tokens, types=None, *, width: int = 1) -> Batc
     if cfg.types:
         made["types"] = padded([np.zeros(n, int) for n in lengths] if types is None else map(np.asarray, types))
     return made
+
+
+def labelled(cfg: TransformerConfig, tokens, types=None, *, width: int = 1, start: int = 0) -> Batch:
+    """A `batch` as heads of labels read it: the decoder of an encoder-decoder reads what its encoder does, one token
+    behind."""
+    rows = batch(cfg, tokens, types, width=width)
+    if not cfg.encoder_depth:
+        return rows
+    return batch(cfg, [[start, *row[:-1]] for row in tokens], width=width) | {"source": rows}
 
 
 def _ids(row) -> np.ndarray:

@@ -78,3 +78,11 @@ def _t5() -> dict[str, str]:
 T5 = _t5()
 T5_GATED = T5 | {f"{stack}.blocks.mlp.{ours}": T5[f"{stack}.blocks.mlp.up"] + f"_{i}"
                  for stack in ("encoder", "decoder") for i, ours in enumerate(("gate", "up"))}
+
+
+def t5(*, gated: bool, alone: bool) -> dict[str, str]:
+    """T5's names; where its encoder is `alone`, it is the only stack."""
+    table = T5_GATED if gated else T5
+    if not alone:
+        return table
+    return {ours.replace("encoder.", "decoder."): disk for ours, disk in table.items() if "decoder." not in ours}

@@ -198,8 +198,9 @@ def latent() -> Piece:
     return Piece(read, write)
 
 
-def t5() -> Piece:
-    """T5's activation, which says whether it is gated, and the scale before the output table, which 1.1 dropped."""
+def t5(*, alone: str) -> Piece:
+    """T5's activation, which says whether it is gated, the scale before the output table, which 1.1 dropped, and its
+    depths; the class `alone` has an encoder only."""
     words = {"relu": ("relu", False), "gelu": ("gelu", False), "gelu_new": ("gelu_tanh", False),
              "gated-gelu": ("gelu_tanh", True), "gated-gelu_new": ("gelu_tanh", True), "gated-silu": ("silu", True),
              "gated-relu": ("relu", True)}
@@ -209,15 +210,19 @@ def t5() -> Piece:
         if word not in words:
             raise ConfigError(f"config.json: feed_forward_proj={word!r} is not known, only {', '.join(words)}")
         scaled = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings") is not False)
+        layers = needed(hf, "num_layers")
+        depths = {"depth": hf.get("num_decoder_layers") or layers, "encoder_depth": layers}
+        if alone in (hf.get("architectures") or ()):
+            depths = {"depth": layers, "causal": False}
         return {"activation": words[word][0], "gated": words[word][1], "table_scale": "out" if scaled else "none",
-                "depth": hf.get("num_decoder_layers") or needed(hf, "num_layers"),
-                "encoder_depth": needed(hf, "num_layers")}
+                **depths}
 
     def write(cfg):
         word = next((word for word, meant in words.items() if meant == (cfg.activation, cfg.gated)), None)
         scaled = cfg.table_scale == "out"
         return {"feed_forward_proj": word, "scale_decoder_outputs": scaled, "tie_word_embeddings": cfg.tied or scaled,
-                "num_layers": cfg.encoder_depth, "num_decoder_layers": cfg.depth, "is_encoder_decoder": True}
+                "num_layers": cfg.encoder_depth or cfg.depth, "num_decoder_layers": cfg.depth,
+                "is_encoder_decoder": cfg.encoder_depth > 0}
 
     return Piece(read, write)
 

@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import shutil
+import textwrap
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def upload(source, name: str) -> str:
             api.create_branch(repo, branch=word, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=str(source), revision=word, allow_patterns=WANTED)
     except Exception as error:  # the library's errors, and those of the network under it
-        raise ConfigError(f"{name} could not be uploaded: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"{name} could not be uploaded: {textwrap.shorten(str(error), 300)}") from error
     return str(address)
 
 
@@ -134,7 +135,7 @@ def _downloaded(repo, revision) -> Path:
         raise
     except Exception as error:  # the library's errors, and those of the network under it
         raise ConfigError(f"{name!r} is no folder and not in the local hub {root()} ({here}), and could not be "
-                          f"fetched: {' '.join(str(error).split())[:200]}") from error
+                          f"fetched: {textwrap.shorten(str(error), 200)}") from error
 
 
 def library():

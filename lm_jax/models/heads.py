@@ -37,35 +37,37 @@ class Pooler(nnx.Module):
 
 
 class Pool(nnx.Module):
-    """A dense layer and an activation on each row's first token: [B, 1, D]."""
+    """A dense layer and an activation on what stands for each row: [B, 1, D]."""
 
     def __init__(self, cfg: TransformerConfig, *, rngs: nnx.Rngs):
         self.act = cfg.pooler
         self.dense = Einsum("BTD,DM->BTM", cfg, rngs=rngs, bias=True)
 
     def __call__(self, x_BTD):
-        return POOLS[self.act](self.dense(parallel.constrain(x_BTD, "BSD")[:, :1]))
+        return POOLS[self.act](self.dense(x_BTD))
 
 
 POOLS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 
 
 class Classifier(nnx.Module):
-    """Scores of C labels: of each token, or of each row by its first token, and, where tokens see none after them, its
-    last."""
+    """Scores of C labels, of each token or of what stands for a row; of a plain last token without a bias."""
 
     def __init__(self, cfg: TransformerConfig, *, rngs: nnx.Rngs):
-        self.of_rows, self.last = cfg.head == "classes", cfg.causal
-        bias = not (self.of_rows and self.last)
-        self.out = Einsum("BTM,MC->BTC", cfg, rngs=rngs, bias=bias)
+        plain = cfg.head == "classes" and cfg.causal and cfg.pooler == "none"
+        self.out = Einsum("BTM,MC->BTC", cfg, rngs=rngs, bias=not plain)
 
-    def __call__(self, x_BTD, segments_BT):
-        """scores_BTC in float32, T being 1 for a row; padding, of which `segments_BT` are 0, is no last token."""
-        if self.of_rows and self.last:
-            last_B1 = jnp.where(segments_BT > 0, jnp.arange(segments_BT.shape[1]), -1).max(1, keepdims=True)
-            x_BTD = parallel.constrain(x_BTD, "BSD")
-            here_BS = jnp.arange(segments_BT.shape[1]) == last_B1
-            x_BTD = jnp.where(here_BS[..., None], x_BTD, 0).sum(1, keepdims=True)
-        elif self.of_rows:
-            x_BTD = parallel.constrain(x_BTD, "BSD")[:, :1]
+    def __call__(self, x_BTD):
+        """scores_BTC in float32."""
         return self.out(x_BTD).astype(jnp.float32)
+
+
+def of_rows(x_BTD, segments_BT, *, causal: bool):
+    """What stands for each row, [B, 1, D]: its first token or, where tokens see none after them, its last; padding, of
+    which `segments_BT` are 0, is none."""
+    x_BTD = parallel.constrain(x_BTD, "BSD")
+    if not causal:
+        return x_BTD[:, :1]
+    index_S = jnp.arange(segments_BT.shape[1])
+    here_BS = index_S == jnp.where(segments_BT > 0, index_S, -1).max(1, keepdims=True)
+    return jnp.where(here_BS[..., None], x_BTD, 0).sum(1, keepdims=True)

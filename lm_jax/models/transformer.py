@@ -39,8 +39,9 @@ class Transformer(nnx.Module):
         without a head, x_BTD. For small models and tests: training goes through `hidden` and a chunked loss."""
         x_BTD = self.hidden(batch, key=key)[0]
         if self.classifier is not None:
-            pooled = x_BTD if self.pool is None else self.pool(x_BTD)
-            return self.classifier(pooled, batch["segments"])
+            if self.cfg.head == "classes":
+                x_BTD = heads.of_rows(x_BTD, batch["segments"], causal=self.cfg.causal)
+            return self.classifier(x_BTD if self.pool is None else self.pool(x_BTD))
         return x_BTD if self.cfg.head == "none" else self.logits(x_BTD)
 
     def hidden(self, batch: Batch, *, cache: Cache | None = None, key=None):

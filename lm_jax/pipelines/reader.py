@@ -75,9 +75,11 @@ class Reader:
         return found
 
     def _batch(self, rows, width):
-        batch = hub.batch(self.model.cfg, [row.ids for row in rows], [row.types for row in rows], width=width)
+        ids, types = [row.ids for row in rows], [row.types for row in rows]
+        start = self.settings.get("decoder_start_token_id") or 0
+        batch = hub.labelled(self.model.cfg, ids, types, width=width, start=start)
         more = 2**(len(rows) - 1).bit_length() - len(rows)
-        return {name: np.pad(a_BT, ((0, more), (0, 0))) for name, a_BT in batch.items()}
+        return jax.tree.map(lambda a_BT: np.pad(a_BT, ((0, more), (0, 0))), batch)
 
 
 def load(path, *, say=print) -> Reader:
@@ -100,7 +102,7 @@ def scores(model, batch):
 
 def hidden(model, batch):
     """Hidden states [B, T, D]; an encoder-decoder's are its encoder's."""
-    return model.encode(batch)[0] if model.cfg.encoder_depth else model.hidden(batch)[0]
+    return model.encode(batch["source"])[0] if model.cfg.encoder_depth else model.hidden(batch)[0]
 
 
 def several(inputs, what: str = "text", kinds=(str,)) -> tuple[list, bool]:

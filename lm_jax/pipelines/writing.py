@@ -206,9 +206,11 @@ def _searched(by: Speaker, prompts, told: dict, *, count: int, length: int, stop
 
 def _length(by: Author, prompts, told: dict) -> int:
     """New tokens at most."""
-    if "max_new_tokens" in told or "max_length" not in told:
-        return told.get("max_new_tokens", LENGTH)
-    begun = _begun(by.speaker, prompts)
+    if "max_new_tokens" in told:
+        return told["max_new_tokens"]
+    begun, cfg = _begun(by.speaker, prompts), by.model.cfg
+    if "max_length" not in told:  # nobody says: as many as there is room for
+        return max(1, min(LENGTH, cfg.max_length + 1 - begun)) if cfg.positions == "learned" else LENGTH
     if begun >= told["max_length"]:
         raise ConfigError(f"a prompt of {begun} tokens and max_length={told['max_length']}, which counts it: raise it, "
                           "or pass max_new_tokens")

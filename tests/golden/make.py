@@ -15,7 +15,7 @@ import numpy as np
 
 NAMES = ("llama", "llama-3.1", "llama-3.2", "llama-span", "mistral", "qwen2-yarn", "qwen3", "gpt2", "gpt2-classes",
          "gemma2", "gemma3", "bert", "bert-base", "bert-classes", "distilbert", "distilbert-classes", "distilbert-tags",
-         "t5", "t5-v1.1", "mixtral", "qwen3-moe-mixed", "deepseek")
+         "t5", "t5-v1.1", "t5-classes", "t5-tags", "mixtral", "qwen3-moe-mixed", "deepseek")
 
 
 def main():
