@@ -28,7 +28,7 @@ from lm_jax.errors import ConfigError
 VARIABLE = "LM_JAX_FAULTS"
 # Where a phase of the run begins, a step is sent; and in a save: its folder is made, its arrays are being written, all
 # but its manifest is there, all but its name, an older one has lost its own.
-PLACES = ("data", "restore", "compile", "wait", "step", "record", "save", "evaluation", "end",
+PLACES = ("data", "restore", "compile", "wait", "step", "record", "compare", "save", "evaluation", "end",
           "save/begin", "save/arrays", "save/manifest", "save/rename", "save/collect")
 OPTIONS = {"process": "of a run of several, only this one", "seed": "draws the time, and what a flip hits",
            "seconds": "of a stall, 5 unless said", "device": "whose copy a flip hits, 0 unless said",

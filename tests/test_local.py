@@ -26,6 +26,8 @@ times = len(began.read_text().splitlines())
 time.sleep(seconds)
 print("what is wrong")
 if what.isdigit() and what != "78": sys.exit(int(what))
+if what == "oncekilled" and times == 1: os.kill(os.getpid(), signal.SIGKILL)
+if what == "oncehung" and times == 1: time.sleep(600)
 if what.startswith("once") and times == 1: sys.exit(int(what[4:]))
 status = "diverged" if what == "78" else "ok"
 (folder / "hidden").write_text(json.dumps({"status": status}))
@@ -149,6 +151,22 @@ def test_what_died_with_the_pool_is_run_again(tmp_path):
     os.kill(int(began(tmp_path, "a")[0].split()[0]), signal.SIGKILL)
     assert pool(tmp_path, jobs(tmp_path, {"a": ("ok", 0)})).run() == "ok"
     assert len(began(tmp_path, "a")) == 2
+
+
+def test_twenty_points_five_faults_and_two_kills_of_the_pool_give_each_its_result_once(tmp_path):
+    points = {f"p{i:02}": ("ok", 0.3) for i in range(20)}
+    points |= {"p02": ("once1", 0), "p05": ("oncehung", 0), "p07": ("oncekilled", 0), "p11": ("78", 0),
+               "p13": ("once75", 0)}  # crashed, hung, killed for its memory, diverged, preempted
+    for ended in (4, 10):
+        killed = other(tmp_path, points, at_once=3, minutes=0.1)
+        until(lambda: len(list(tmp_path.glob("points/*/summary.json"))) >= ended, seconds=60)
+        killed.kill()
+        killed.communicate()
+    last = pool(tmp_path, jobs(tmp_path, points, minutes=0.1), at_once=3, say=lambda line: None)
+    last.run()
+    assert last.states == {name: "diverged" if what == "78" else "ok" for name, (what, _) in points.items()}
+    assert {name: len(began(tmp_path, name)) for name in points} == {
+        name: 2 if what.startswith("once") else 1 for name, (what, _) in points.items()}
 
 
 def orphaned(out, points, minutes=0.0):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,14 +16,23 @@ SETTINGS = ["--config=configs/tiny.py", "--config.model.width=16", "--config.mod
             "--config.data.sources=markov:documents=300,length=63", "--config.data.tokenizer=byte",
             "--config.optim.name=adamw", "--config.train.steps=6", "--config.train.batch=8",
             "--config.train.checkpoint_every=3"]
+FULL = """
+mount -t tmpfs -o size=40m none "$1" || exit 99
+head -c 39000000 /dev/zero > "$1/ballast"
+shift; "$@"; echo "code $?"; ls "$0/run/checkpoints"
+rm "$0/ballast"; "$@"; echo "code $?"
+"""
 
 
 def trained(folder, faults=""):
     """A start of the run in `folder`, with faults."""
-    argv = [sys.executable, "-m", "lm_jax.train", *SETTINGS, f"--config.data.root={folder / 'data'}",
-            f"--workdir={folder / 'run'}"]
+    argv = command(folder / "run", folder / "data")
     return subprocess.run(argv, env=os.environ | {"LM_JAX_FAULTS": faults}, text=True, capture_output=True, timeout=200,
                           cwd=ROOT)
+
+
+def command(run, data) -> list[str]:
+    return [sys.executable, "-m", "lm_jax.train", *SETTINGS, f"--config.data.root={data}", f"--workdir={run}"]
 
 
 def test_five_kills_five_within_a_save_flips_and_a_hopeless_folder_lose_nothing():
@@ -56,3 +66,20 @@ def test_stalls_are_time_of_the_phase_they_happen_in_and_all_adds_up_to_the_wall
     assert all(account["seconds"][phase] >= 2 for phase in stalls), account
     idle = {phase: account["seconds"][phase] for phase in ("restore", "wait", "record")}  # of nothing else to speak of
     assert idle == pytest.approx(dict.fromkeys(idle, 2.0), abs=0.5)
+
+
+def test_a_disk_that_is_full_ends_a_run_with_all_that_was_saved_and_room_lets_it_go_on(tmp_path):
+    """A real one, of 40 MB, with room for two checkpoints."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    argv = command(disk / "run", tmp_path / "data") + ["--config.train.checkpoint_every=1", "--config.train.keep=9"]
+    if not shutil.which("unshare"):
+        pytest.skip("no disk can be mounted here: there is no unshare")
+    found = subprocess.run(["unshare", "-rm", "sh", "-c", FULL, str(disk), str(disk), *argv], text=True, timeout=300,
+                           capture_output=True, cwd=ROOT)
+    if found.returncode == 99 or found.stderr.startswith("unshare:"):
+        pytest.skip(f"no disk can be mounted here: {found.stderr}")
+    full, _, after = found.stdout.partition("code 74\n")
+    saved = re.findall(r"^[0-9]+$", after, re.M)
+    assert "No space left on device" in full and saved and "saving" not in after, found.stdout + found.stderr
+    assert f"resumed at step {saved[-1]}" in after and after.endswith("code 0\n")
