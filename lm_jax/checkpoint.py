@@ -22,9 +22,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 
-from lm_jax import disk, faults, fingerprint, hosts, seal
+from lm_jax import disk, faults, fingerprint, peers, seal
 from lm_jax.errors import ConfigError, Failure
 
 FAILURES = 3  # saves in a row that may not fail
@@ -144,8 +145,7 @@ class Checkpoints:
         self._join()
         self._raise()
 
-    def close(self):
-        self.wait()
+    close = wait
 
     def _join(self):
         if self._thread:
@@ -159,17 +159,17 @@ class Checkpoints:
 
     def _told(self, name: str, value):
         """What process 0 has, where others may have something else."""
-        return json.loads(hosts.exchange(name, json.dumps(value))[0])
+        return json.loads(peers.exchange(name, json.dumps(value), limit=peers.LONG)[0])
 
     def _read(self, step, leaves, *, partial) -> dict:
-        item = _nested(leaves)
+        item, folder = _nested(leaves), epath.Path(self.folder / str(step) / "arrays")
         args = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=partial)
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                restored = checkpointer.restore(self.folder / str(step) / "arrays", args=args)
+            restored = ocp.PyTreeCheckpointHandler().restore(folder, args=args)  # a Checkpointer waits without a limit
         except (ValueError, TypeError) as e:  # as it was written, which was no checkpoint
             raise NoCheckpointError(f"checkpoint {step} in {self.folder} cannot be read: {str(e)[:200]}. Remove it to "
                                     "go on from the one before it") from e
+        peers.exchange("restored", str(step), limit=peers.LONG)
         return fingerprint.named(restored)
 
     def _finish(self, step, part, body, checkpointer):

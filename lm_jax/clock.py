@@ -4,7 +4,8 @@ A run is in one phase at a time, so that what the phases took adds up to the wal
 as `idle` (until the next start) and `replay` (steps that were made again). A thread keeps the account in
 <workdir>/phases.json. The same thread ends a process that is longer in a phase than it may be, with the stacks of all
 its threads and exit code 76: a process that waits for a dead peer, or for a loader that waits for itself, would else
-hold its chips for ever.
+hold its chips for ever. Of several processes one may wait in a step for what another does, which has a limit of its
+own: they end when all are late, and all then show their stacks.
 """
 
 import contextlib
@@ -18,10 +19,10 @@ import time
 from collections import deque
 from pathlib import Path
 
-from lm_jax import disk, faults
+from lm_jax import disk, faults, peers
 
 HUNG = 76  # exit code
-LEAST, TIMES = 60.0, 10.0  # seconds that a step may take at least, or so many times the median step
+LEAST, TIMES = 60.0, 10.0  # seconds that a step or its batch may take at least, or so many times the median step
 LIMITS = {"restore": 1800.0, "compile": 3600.0, "wait": 600.0, "record": 600.0, "save": 1800.0, "evaluation": 1800.0}
 TICK, RECORD = 0.5, 10.0  # seconds between looks, and between records
 
@@ -126,28 +127,51 @@ class Clock:
                     for name in self.seconds.keys() | running.keys()}
 
     def _guard(self):
-        recorded, last = 0.0, time.monotonic()
+        recorded, last, late_said = 0.0, time.monotonic(), False
         while not self._over.wait(TICK):
             now = time.monotonic()
             if (away := now - last) > 10 * TICK:  # the process was paused, and has not had that time
                 self._beat += away
             last = now
             phase, late = self._phases[-1], time.monotonic() - self._beat
-            if self._patience and late > self._patience * self._limit(phase):
+            is_late = bool(self._patience) and late > self._patience * self._limit(phase)
+            if is_late != late_said:
+                late_said = is_late
+                self._say_late(is_late, phase)
+            if is_late and (self._all_late() or late > self._patience * max(LIMITS.values())):
                 self._end(phase, late)
             if time.monotonic() > recorded + RECORD:
                 recorded = time.monotonic()
                 self._record()
 
     def _limit(self, phase: str) -> float:
-        if phase != "step":
-            return LIMITS.get(phase, float("inf"))
-        return max(LEAST, TIMES * statistics.median(self._steps)) if self._steps else LIMITS["compile"]
+        if phase in ("step", "wait") and self._steps:
+            return max(LEAST, TIMES * statistics.median(self._steps))
+        return LIMITS["compile"] if phase == "step" else LIMITS.get(phase, float("inf"))
+
+    def _say_late(self, late: bool, phase: str):
+        """Tell the other processes that this one is late, or no more."""
+        if peers.count() > 1:
+            key = f"late/{peers.number()}"
+            with contextlib.suppress(RuntimeError):
+                peers.put(key, phase) if late else peers.take_back(key)
+
+    def _all_late(self) -> bool:
+        return peers.count() == 1 or len(self._late()) in (0, peers.count())  # none: the store is out of reach
+
+    def _late(self) -> dict[str, str]:
+        """The phases of the processes that are late."""
+        try:
+            return peers.found("late") if peers.count() > 1 else {}
+        except RuntimeError:
+            return {}
 
     def _end(self, phase, late):
-        said = (f"error: nothing has happened for {late:.0f} s in phase {phase!r}: this process hangs and ends with "
-                f"code {HUNG}; the same command goes on from the last checkpoint. Stacks of its threads:")
-        print(said, file=sys.stderr, flush=True)
+        others = "".join(f", process {n} in {where!r}" for n, where in self._late().items()
+                         if n != str(peers.number()))
+        said = (f"nothing has happened for {late:.0f} s in phase {phase!r}{others}: this process hangs and ends with "
+                f"code {HUNG}; the same command goes on from the last checkpoint")
+        print(f"Stacks of the threads of process {peers.number()}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr)
         with contextlib.suppress(OSError):
             if self._file:
@@ -155,7 +179,9 @@ class Clock:
                     print(said, file=file, flush=True)
                     faulthandler.dump_traceback(file)
                 self._record()
-        os._exit(HUNG)  # an orderly end would wait for the thread that hangs
+        with contextlib.suppress(RuntimeError):
+            peers.tell(HUNG, said)
+        peers.depart(HUNG, said)
 
     def _record(self):
         if self._file:

@@ -23,22 +23,27 @@ def run(main, *, again: str = AGAIN, memory: str = MEMORY):
         code = main(sys.argv)
         sys.stdout.flush()
         sys.exit(code)
-    except Failure as e:
-        message, code = str(e), e.code
-    except KeyboardInterrupt:
-        message, code = again, 130
-    except OSError as e:
+    except (Exception, Stopped, KeyboardInterrupt) as e:
         if isinstance(e, BrokenPipeError) and _unread():
             sys.exit(141)
-        if e.errno not in FULL:
+        if (found := told(e, again=again, memory=memory)) is None:
             raise
-        message, code = f"{e}: make room, and run the same command to go on from what was saved", 74
-    except RuntimeError as e:  # as JAX raises it
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        message, code = f"{str(e).splitlines()[0][:200]}: {memory}", 2
+    message, code = found
     print(f"error: {credentials.masked(message)}", file=sys.stderr)
     sys.exit(code)
+
+
+def told(error: BaseException, *, again: str = AGAIN, memory: str = MEMORY) -> tuple[str, int] | None:
+    """What people are told of an error, and the exit code; None for a bug."""
+    if isinstance(error, (Failure, Stopped)):
+        return str(error), error.code
+    if isinstance(error, KeyboardInterrupt):
+        return again, 130
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{error}: make room, and run the same command to go on from what was saved", 74
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # as JAX raises it
+        return f"{str(error).splitlines()[0][:200]}: {memory}", 2
+    return None
 
 
 class Failure(Exception):
@@ -57,6 +62,13 @@ class DataError(ConfigError):
     """Files that are damaged, or are not what was written; the message names the file."""
 
     code = 77
+
+
+class Stopped(BaseException):
+    """A signal came where nothing is changed that is not on the disk. No Exception: nobody who deals with what failed
+    keeps it from the program's end."""
+
+    code = 75
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: a disk, a quota, a limit of the shell

@@ -20,6 +20,7 @@ from lm_jax.errors import ConfigError
 
 BEAT, STALE = 20.0, 120.0  # seconds; buckets that are mounted may show a file as it was a minute ago
 BOOT = Path("/proc/sys/kernel/random/boot_id")
+_held = set()  # the leases of this process
 HOST = f"{socket.gethostname()} {BOOT.read_text().strip() if BOOT.exists() else ''}"
 
 
@@ -33,11 +34,12 @@ class Lease:
             self._outlive()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
-        atexit.register(self.close)
+        _held.add(self)
+        atexit.register(let_go)
 
     def close(self):
         """Let go of the folder."""
-        atexit.unregister(self.close)
+        _held.discard(self)
         self._over.set()
         self._thread.join()
         if self._seen() == self._text():
@@ -98,6 +100,12 @@ class Lease:
             return self.path.read_text()
         except FileNotFoundError:
             return None
+
+
+def let_go():
+    """Let go of all folders: also for a process that ends without its main thread."""
+    for lease in list(_held):
+        lease.close()
 
 
 def _read(text: str | None) -> dict:

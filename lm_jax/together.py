@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from ml_collections import config_flags
 
-from lm_jax import command, errors, faults, hosts, parallel, seal, signals
+from lm_jax import cluster, command, errors, faults, hosts, parallel, peers, seal, signals
 from lm_jax.checkpoint import Checkpoints
 from lm_jax.clock import Clock
 from lm_jax.errors import ConfigError, Failure
@@ -28,7 +28,7 @@ FLAGS = {"out": "the sweep's folder", "points": "ids, with commas between",
 
 
 def main(argv):
-    c, values = command.parse(argv, doc=__doc__, **FLAGS, **hosts.FLAGS)
+    c, values = command.parse(argv, doc=__doc__, **FLAGS, **cluster.FLAGS)
     faults.planned()
     hosts.start(values.coordinator, values.processes, values.process, deterministic=c.train.deterministic)
     points = asked(sweep.points(config_flags.get_config_filename(values["config"]), values.config), values)
@@ -42,8 +42,8 @@ def main(argv):
                     statuses.add(ended)
             if "stopped" in statuses:
                 break
-    status = next((status for status in ("stopped", "diverged") if status in statuses), "ok")
-    hosts.exchange("end", status)
+        status = next((status for status in ("stopped", "diverged") if status in statuses), "ok")
+        peers.exchange("end", status)
     if failures and status != "stopped":
         raise failures[0]
     return run.EXIT[status]
@@ -62,7 +62,7 @@ def batches(points, out: Path, stacked: float):
 def unfinished(points, out: Path) -> list[sweep.Point]:
     """Those that have no result, as process 0 sees the disk."""
     todo = ",".join(point.id for point in points if not outcome(out / "points" / point.id / "summary.json"))
-    told = hosts.exchange("todo", todo)[0].split(",")
+    told = peers.exchange("todo", todo)[0].split(",")
     return [point for point in points if point.id in told]
 
 
@@ -110,7 +110,8 @@ def beginning(point: sweep.Point, out: Path) -> str | None:
             kept = True
         except seal.DamagedError as damage:
             hosts.say(f"{point} begins at its first step: checkpoint {point.begins} of {folder} is damaged: {damage}")
-    return hosts.exchange("beginning", str(folder) if kept else "")[0] or None  # as process 0 sees the disk
+    seen = peers.exchange("beginning", str(folder) if kept else "", limit=peers.LONG)
+    return seen[0] or None  # as process 0 sees the disk
 
 
 def asked(points, values) -> list[sweep.Point]:

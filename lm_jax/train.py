@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from lm_jax import command, config, errors, faults, hosts, parallel, signals
+from lm_jax import cluster, command, config, errors, faults, hosts, parallel, peers, signals
 from lm_jax.clock import Clock, age
 from lm_jax.errors import ConfigError
 from lm_jax.preflight import room
@@ -29,20 +29,20 @@ START = "folder of a run to begin as: one that differs in its length alone, befo
 def main(argv):
     if any(argument.startswith("--doctor") for argument in argv):
         return examined(argv)
-    c, values = command.parse(argv, doc=__doc__, start=START, **hosts.FLAGS)
+    c, values = command.parse(argv, doc=__doc__, start=START, **cluster.FLAGS)
     faults.planned()  # what is wrong with them is said before anything is done
     hosts.start(values.coordinator, values.processes, values.process, deterministic=c.train.deterministic)
-    shared = replace(c, data=replace(c.data, root=""))  # each machine may have a folder of its own
-    hosts.same(config=config.digest(config.to_dict(shared)))
-    mesh = parallel.use(c.mesh)
-    hosts.together(partial(room.refuse, c))
-    workdir = Workdir(values.workdir, writes=jax.process_index() == 0)
     with signals.ending(), Clock(age()) as clock:
+        shared = replace(c, data=replace(c.data, root=""))  # each machine may have a folder of its own
+        hosts.same(config=config.digest(config.to_dict(shared)))
+        mesh = parallel.use(c.mesh)
+        hosts.together(partial(room.refuse, c), "room")
+        workdir = Workdir(values.workdir, writes=jax.process_index() == 0)
         recipe = run.opened(c, workdir, clock, hosts.mark())
         summary, sample = run.train(recipe, workdir, clock, mesh, start=values.start)
-    if workdir.writes:
-        print(f"{sample}\n\n{report.closing(summary, workdir, argv)}".strip())
-    hosts.exchange("end", summary["status"])  # JAX gives up whoever comes to an end long before the others
+        if workdir.writes:
+            print(f"{sample}\n\n{report.closing(summary, workdir, argv)}".strip())
+        peers.exchange("end", summary["status"])  # JAX gives up whoever comes to an end long before the others
     return run.EXIT[summary["status"]]
 
 

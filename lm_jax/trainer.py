@@ -68,7 +68,8 @@ class Trainer:
     there: such runs share a trunk, and a wsd run keeps the state before its cool-down for them.
     After a burst of refused updates it goes back to the checkpoint before it, and on with the batches after it.
     The host never waits for the step it has just sent: a step's numbers are read while the next one runs. SIGTERM and
-    SIGINT save and stop; a second signal, of several processes a second SIGINT, stops at once. `quiet` shows no bar.
+    SIGINT save and stop; a second signal stops at once. What is due after a step follows its checkpoint, and a run that
+    goes on from there does it, again or for the first time. `quiet` shows no bar.
     """
 
     def __init__(self, config: Config, model, recipe: Recipe, workdir, *, start=None, clock: Clock | None = None,
@@ -118,6 +119,11 @@ class Trainer:
             say(f"resumed at step {step}" + (f"; {gone} later rows of metrics.jsonl are made again" if gone else ""))
         return step, extra["seconds"]
 
+    def _evaluated(self, step: int) -> int:
+        """The step of the last evaluation that is not made after a restart at `step`."""
+        last = self.config.train.steps
+        return step - 1 if step == last or any(hook.due(step, last) for hook in self.recipe.hooks) else step
+
     def _branch(self, start, say) -> tuple[int, float]:
         """Begin as the run in folder `start` was, at the last of its checkpoints that this run would have made too."""
         most = self._shared(start)
@@ -128,7 +134,7 @@ class Trainer:
                               f"rate is another (it has {theirs.steps()}): a wsd run keeps one before its cool-down")
         step, tree, extra = found
         self._same_data(extra["data"], start)
-        self.workdir.take_metrics(start, step)
+        self.workdir.take_metrics(start, step, evaluated=self._evaluated(step))
         self._take(tree, extra | {"begun": step})
         say(f"starts at step {step} of {start}")
         return step, extra["seconds"]
@@ -160,8 +166,7 @@ class Trainer:
 
     def _cut(self, step: int) -> int:
         """Take the rows of later steps, which will be made again, out of the record; how many."""
-        evaluated = min(step, self.config.train.steps - 1)  # the last evaluation comes after the last checkpoint
-        gone, lost = self.workdir.keep_metrics(step, evaluated=evaluated)
+        gone, lost = self.workdir.keep_metrics(step, evaluated=self._evaluated(step))
         self.clock.replayed(lost * self.config.train.log_every)
         return gone
 
@@ -203,36 +208,41 @@ class Trainer:
         """Train; returns "ok" or "stopped" (by a signal), saved, or "diverged" (bursts of refused updates): a restart
         finds the checkpoints from before."""
         status = "back"
-        with signals.caught() as stop, self.clock.phase("step"), \
+        with signals.caught(), self.clock.phase("step"), \
                 Profile(self.config.train.profile, self.workdir) as profile:
             while status == "back":
                 with self.recipe.batches(self.done + self.skipped) as batches:
-                    status = self._train(batches, stop, profile)
-        if status == "diverged":
-            self.checkpoints.close()
-        else:
-            self.finish()
+                    status = self._train(batches, profile)
+            if status == "diverged":
+                self.checkpoints.close()
+            else:
+                self.finish()
         return status
 
-    def _train(self, batches, stop, profile) -> str:
+    def _train(self, batches, profile) -> str:
         """Train until the run is "ok", "stopped" or "diverged", or has gone "back"."""
-        last, stopped = self.config.train.steps, False
+        last, stopped = self.config.train.steps, self.done > 0 and self.follow(self.recipe.hooks)
         while self.done < last and not stopped and not self.meter.burst:
             self._step(batches, profile)
-            stopped = signals.agreed(stop, self.done)
-            due = [hook for hook in self.hooks if hook.due(self.done, last)]
-            if due or stopped:
-                self.meter.flush()
-            if self.meter.burst:
-                break  # nothing of it is saved or shown
-            if stopped:
-                self.finish()  # before anything that takes time: whoever sent the signal may not wait
-            for hook in due:
-                hook.do(self)
-                self.meter.restart()
+            if stopped := signals.agreed():
+                self.meter.flush()  # and save: whoever sent the signal may not wait, and a restart does what follows
+            else:
+                stopped = self.follow(self.hooks)
         if self.meter.burst and not self.back():
             return "diverged"
-        return "ok" if self.done == last else "stopped" if stopped else "back"
+        return "stopped" if stopped else "ok" if self.done == last else "back"
+
+    def follow(self, hooks) -> bool:
+        """Do what is due after the step just done; whether all have agreed to stop meanwhile."""
+        if due := [hook for hook in hooks if hook.due(self.done, self.config.train.steps)]:
+            self.meter.flush()
+        try:
+            for hook in due if not self.meter.burst else ():  # nothing of a burst is saved or shown
+                hook.do(self)
+                self.meter.restart()
+        except signals.Halt:
+            return True
+        return False
 
     def _step(self, batches, profile):
         """Send the next step to the devices, and read the numbers of the one before."""

@@ -112,10 +112,11 @@ class Workdir:
         disk.replace(self.metrics, kept())
         return len(gone), sum(gone)
 
-    def take_metrics(self, start, step: int):
-        """Begin metrics.jsonl with the rows up to `step` of the run in folder `start`."""
+    def take_metrics(self, start, step: int, *, evaluated: int):
+        """Begin metrics.jsonl with rows of the run in folder `start`: up to `step`, evaluations up to `evaluated`."""
+        ends = {False: step, True: evaluated}
         if self.writes and (theirs := Path(start) / "metrics.jsonl").exists():
-            disk.replace(self.metrics, (line for line, at, _ in _rows(theirs) if at <= step))
+            disk.replace(self.metrics, (line for line, at, tagged in _rows(theirs) if at <= ends[tagged]))
 
     def _begun(self) -> bool:
         """Whether there is anything that another config would spoil."""

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax import hosts, parallel
+from lm_jax import cluster, hosts, parallel
 from lm_jax.config import ConfigError, MeshConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -35,7 +35,7 @@ CHIPS = {"TPU_ML_PLATFORM": "JAX"}  # what JAX notes of a machine with chips and
     CHIPS | {"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"},
 ])
 def test_one_process_is_alone(env):
-    assert hosts.joining(env) is None
+    assert cluster.joining(env) is None
 
 
 @pytest.mark.parametrize("env", [
@@ -45,15 +45,15 @@ def test_one_process_is_alone(env):
     CHIPS | {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"},
 ])
 def test_hosts_of_a_tpu_pod_ask_the_tpu(env):
-    assert hosts.joining(env) == {}
+    assert cluster.joining(env) == {}
 
 
 def test_slurm_and_open_mpi_join_by_their_own_words():
-    assert hosts.joining(SLURM)["cluster_detection_method"] == "slurm"
-    assert hosts.joining(OPEN_MPI | SLURM)["cluster_detection_method"] == "ompi", "mpirun in an allocation of Slurm"
+    assert cluster.joining(SLURM)["cluster_detection_method"] == "slurm"
+    assert cluster.joining(OPEN_MPI | SLURM)["cluster_detection_method"] == "ompi", "mpirun in an allocation of Slurm"
     newer = {key: value for key, value in OPEN_MPI.items() if key != "OMPI_MCA_orte_hnp_uri"}
     with pytest.raises(ConfigError, match="pip install mpi4py, or pass --coordinator"):
-        hosts.joining(newer)
+        cluster.joining(newer)
 
 
 @pytest.mark.parametrize("more, gpus", [
@@ -68,13 +68,13 @@ def test_slurm_and_open_mpi_join_by_their_own_words():
 ])
 def test_processes_of_a_node_share_its_gpus(more, gpus, node):
     node(8)
-    assert hosts.joining(SLURM | more)["local_device_ids"] == gpus
+    assert cluster.joining(SLURM | more)["local_device_ids"] == gpus
 
 
 @pytest.fixture
 def node(monkeypatch, tmp_path):
     """Makes this a node of so many NVIDIA GPUs."""
-    monkeypatch.setattr(hosts, "NODE_GPUS", tmp_path / "gpus")
+    monkeypatch.setattr(cluster, "NODE_GPUS", tmp_path / "gpus")
 
     def having(gpus):
         for number in range(gpus):
@@ -85,7 +85,7 @@ def node(monkeypatch, tmp_path):
 
 def test_of_gpus_that_cannot_be_counted_each_process_takes_one(node):
     node(0)
-    assert hosts.joining(SLURM)["local_device_ids"] == [1]
+    assert cluster.joining(SLURM)["local_device_ids"] == [1]
 
 
 @pytest.mark.parametrize("more, gpus", [
@@ -94,11 +94,11 @@ def test_of_gpus_that_cannot_be_counted_each_process_takes_one(node):
 def test_processes_that_cannot_share_the_gpus_evenly_name_the_cure(more, gpus, node):
     node(gpus)
     with pytest.raises(ConfigError, match="cannot share a node's . GPUs evenly: start as many on each node as divide"):
-        hosts.joining(SLURM | more)
+        cluster.joining(SLURM | more)
 
 
 def test_flags_come_before_the_environment():
-    how = hosts.joining(SLURM | OPEN_MPI, "node1:1234", "2", "1")
+    how = cluster.joining(SLURM | OPEN_MPI, "node1:1234", "2", "1")
     assert (how["coordinator_address"], how["num_processes"], how["process_id"]) == ("node1:1234", 2, 1)
     assert how["cluster_detection_method"] == "deactivate"
 
@@ -113,16 +113,17 @@ def test_flags_come_before_the_environment():
 ], ids=str)
 def test_flags_that_are_wrong_name_the_cure(flags, said):
     with pytest.raises(ConfigError, match=said):
-        hosts.joining({}, *flags)
+        cluster.joining({}, *flags)
 
 
 JOIN = """
 import sys
-from lm_jax import errors, hosts
+from lm_jax import errors, hosts, peers
 def main(argv):
-    hosts.start(*(argv[1:] or [None] * 3), timeout={timeout})
+    print("joins", flush=True)
+    hosts.start(*(argv[1:] or [None] * 3))
     work = lambda: 1 // int(hosts.jax.process_index() != 1)
-    print(hosts.exchange("hello", f"from {{hosts.jax.process_index()}}"))
+    print(peers.exchange("hello", f"from {hosts.jax.process_index()}"))
     try:
         hosts.together(work)
     except (ConfigError, ZeroDivisionError) as e:
@@ -133,21 +134,9 @@ errors.run(main)
 """
 
 
-WAIT = """
-import signal, sys, threading
-from lm_jax import hosts
-hosts.LOST = 5
-signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in a shell's background ignore it
-hosts.start(*sys.argv[1:])
-hosts.exchange("hello", "")
-print("here", flush=True)
-threading.Event().wait()
-"""
-
-
-def launch(argv=(), timeout=60, **env):
+def launch(argv=(), **env):
     """A process that joins, says hello, fails alone, and disagrees."""
-    return python(JOIN.format(timeout=timeout), argv, **env)
+    return python(JOIN, argv, **env)
 
 
 def python(code, argv, **env):
@@ -181,24 +170,29 @@ def test_what_one_process_meets_all_are_told(cluster):
 
 
 def test_a_process_whose_others_do_not_come_ends_in_time_and_says_so():
-    first = launch([f"127.0.0.1:{free_port()}", "2", "0"], timeout=2)
-    second = launch([f"127.0.0.1:{free_port()}", "2", "1"], timeout=2)
+    first = launch([f"127.0.0.1:{free_port()}", "2", "0"], LM_JAX_JOINING="2")
+    second = launch([f"127.0.0.1:{free_port()}", "2", "1"], LM_JAX_JOINING="2")
     for process in (first, second):
         out, err = process.communicate(timeout=60)
-        assert process.returncode == 2 and "did not find each other in 2 s: start all of them" in err, err
+        assert process.returncode == 76 and "did not find each other in 2 s: start all of them" in err, err
 
 
-@pytest.mark.parametrize("rank, how", [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGINT)])
-def test_a_process_that_dies_or_fails_alone_ends_the_other(rank, how):
-    """Which waits for something else, as for a collective of devices: only JAX's coordinator can tell it."""
-    port = free_port()
-    running = [python(WAIT, [f"127.0.0.1:{port}", "2", str(number)]) for number in range(2)]
-    for process in running:
-        next(line for line in process.stdout if line == "here\n")
-    running[rank].send_signal(how)
-    _, err = running[1 - rank].communicate(timeout=30)
-    assert running[1 - rank].returncode != 0, err
-    assert running[rank].wait(timeout=30) != 0
+def test_a_signal_while_they_join_ends_one_at_once_and_the_other_in_time():
+    at = f"127.0.0.1:{free_port()}"
+    first, second = (launch([at, "3", str(n)], LM_JAX_JOINING="6") for n in range(2))  # the third never comes
+    for process in (first, second):
+        assert process.stdout.readline() == "joins\n"
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(timeout=60) == -signal.SIGTERM
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 76 and "did not find each other in 6 s" in err, err
+
+
+@pytest.mark.parametrize("variable", ["LM_JAX_JOINING", "LM_JAX_LOST"])
+def test_a_patience_that_is_no_number_is_told(variable, monkeypatch):
+    monkeypatch.setenv(variable, "1m")
+    with pytest.raises(ConfigError, match=f"{variable}='1m': a whole number of seconds"):
+        hosts.start()
 
 
 def test_rows_go_where_their_devices_are(rng):

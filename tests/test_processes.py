@@ -5,17 +5,15 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import pytest
 import tiny
 
-from lm_jax import command, hosts, optim, parallel, update
+from lm_jax import cluster, command, hosts, optim, parallel, update
 from lm_jax.config import MeshConfig
 from lm_jax.data import store
 from lm_jax.models.layers import kinds
@@ -32,19 +30,19 @@ BRIEF = ("--config.train.steps=6", "--config.train.eval_every=3", "--config.trai
 MESHES = (MeshConfig(fsdp=1, sequence=4), MeshConfig(data=2, fsdp=1, model=2))
 
 
-def start(folder, processes, *more):
+def start(folder, processes, *more, faults=""):
     """The processes of one run of `train`."""
     where = (f"--workdir={folder}", f"--config.data.root={folder.parent / 'data'}")
-    return launch(processes, "-m", "lm_jax.train", *SETTINGS, *where, *more)
+    return launch(processes, "-m", "lm_jax.train", *SETTINGS, *where, *more, faults=faults)
 
 
-def launch(processes, *argv, own=((), ())):
+def launch(processes, *argv, own=((), ()), faults=""):
     """Python processes of a device each, that join by flags; some may have flags of their own."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-                        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+                        "LM_JAX_FAULTS": faults, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     join = [(f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={rank}")
             for rank in range(processes)] if processes > 1 else [()]
     join = [flags + more for flags, more in itertools.zip_longest(join, own[:processes], fillvalue=())]
@@ -127,34 +125,26 @@ def test_the_same_processes_go_on_bit_for_bit(runs):
         assert column(folder / "again", name) == column(folder / "two", name) != {}
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_process_stops_both_after_the_same_step_saved(tmp_path, sent):
-    running = start(tmp_path / "run", 2, "--config.train.steps=100000", "--config.train.eval_every=100000")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.time() + 100
-    while time.time() < deadline and not (metrics.exists() and '"step": 5,' in metrics.read_text()):
-        time.sleep(0.2)
-    running[1].send_signal(sent)
-    codes, outputs = ended(running)
-    assert codes == [75, 75], outputs
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "stopped"
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(summary["steps"])]
+# Where SIGTERM comes to a process of a run, each in a start of its own; the last start ends it.
+STOPS = ("term@data=1:process=1", "term@compile=1:process=0", "term@step=2:process=1", "term@evaluation=1:process=0",
+         "term@restore=1:process=1", "term@save/arrays=1:process=0")
 
 
-def test_a_second_interrupt_of_one_of_many_kills_it():
-    code = """
-import os, signal, jax
-from lm_jax import signals
-jax.process_count = lambda: 2
-signal.signal(signal.SIGTERM, lambda *_: print("told JAX", flush=True))
-with signals.caught():
-    os.kill(os.getpid(), signal.SIGINT)
-    print("goes on", flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
-"""
-    codes, outputs = ended(launch(1, "-c", code))
-    assert codes == [-signal.SIGINT] and outputs == ["told JAX\ngoes on\n"], outputs
+def test_a_signal_to_one_in_whatever_phase_stops_both_and_what_goes_on_is_the_unbroken_run(runs):
+    folder, _ = runs
+    for stop in STOPS:
+        codes, outputs = ended(start(folder / "stopped", 2, *BRIEF, faults=stop))
+        assert codes == [75, 75], (stop, outputs)
+        assert sum(f"fault: {stop}" in output for output in outputs) == 1, outputs
+    codes, outputs = ended(start(folder / "stopped", 2, *BRIEF))
+    assert codes == [0, 0], outputs
+    for name in ("loss", "val_loss", "val_loss_stderr", "grad_norm", "update_norm", "param_norm"):
+        assert column(folder / "stopped", name) == column(folder / "two", name) != {}
+    lines = [[(row["step"], row.get("tag")) for row in map(json.loads, (folder / name / "metrics.jsonl").open())]
+             for name in ("stopped", "two")]
+    assert lines[0] == lines[1], "no row is missing, and none is there twice"
+    assert sorted(path.name for path in (folder / "stopped" / "checkpoints").iterdir())[-1] == "6"
+    assert not list((folder / "stopped" / "checkpoints").glob("*-*")), "no half of a checkpoint is left"
 
 
 def test_four_processes_give_the_numbers_of_one_on_any_mesh(tmp_path):
@@ -173,7 +163,7 @@ def test_four_processes_give_the_numbers_of_one_on_any_mesh(tmp_path):
 
 def host():
     """One of four processes: trains briefly on each mesh, and writes the numbers that it sees."""
-    _, values = command.parse(sys.argv, doc="", **hosts.FLAGS)
+    _, values = command.parse(sys.argv, doc="", **cluster.FLAGS)
     hosts.start(values.coordinator, values.processes, values.process)
     folder, found = pathlib.Path(values.workdir), {}
     for mesh in MESHES:

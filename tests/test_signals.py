@@ -45,3 +45,50 @@ def test_every_phase_ends_with_75_and_the_same_command_goes_on(tmp_path):
     assert summary["status"] == "ok" and summary["steps"] == 20
     steps = [row["step"] for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if "loss" in row]
     assert steps == list(range(1, 21)), "every step is there once"
+
+
+def python(code):
+    """A process of its own that says "here" when it is told to."""
+    process = subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "here\n", process.stderr.read()
+    return process
+
+
+def test_a_main_thread_that_comes_back_too_late_is_not_waited_for(tmp_path):
+    """As in a long compilation: no Python runs in it, and the folder is let go of all the same."""
+    stuck = python(f"""
+import hashlib
+from lm_jax import errors, signals
+from lm_jax.workdir import Workdir
+def main(argv):
+    with signals.ending():
+        Workdir({str(tmp_path)!r}).open({{}})
+        print("here", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+errors.run(main)
+""")
+    assert (tmp_path / "lease").exists()
+    stuck.send_signal(signal.SIGTERM)
+    _, said = stuck.communicate(timeout=60)
+    assert stuck.returncode == 75 and "stopped by SIGTERM; the same command" in said, said
+    assert not (tmp_path / "lease").exists()
+
+
+def test_a_loop_is_told_once_and_a_second_signal_is_not_waited_for():
+    loop = python("""
+import time
+from lm_jax import errors, signals
+def main(argv):
+    with signals.caught():
+        print("here", flush=True)
+        while not signals.agreed():
+            time.sleep(0.01)
+        print("saving", flush=True)
+        time.sleep(60)
+errors.run(main)
+""")
+    loop.send_signal(signal.SIGINT)
+    assert loop.stdout.readline() == "saving\n"
+    loop.send_signal(signal.SIGTERM)
+    _, said = loop.communicate(timeout=60)
+    assert loop.returncode == 128 + signal.SIGTERM and "a second signal, SIGTERM" in said

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import jax
 import numpy as np
 
-from lm_jax import hosts, losses, parallel, trainer, update
+from lm_jax import hosts, losses, parallel, signals, trainer, update
 from lm_jax.batch import Loss
 from lm_jax.config import Config, ConfigError
 from lm_jax.data import examples, tokenizer
@@ -85,7 +85,8 @@ class Evaluation:
 
     Called with a model and the most rows a source (0: all) it gives {tag: values}: val_loss (nats per predicted token),
     val_loss_stderr, val_bits_per_byte, val_accuracy, val_tokens; of next sentences val_pair_loss and val_pair_accuracy;
-    and, where a causal source knows it, true_loss and excess_loss. "all" pools several sources.
+    and, where a causal source knows it, true_loss and excess_loss. "all" pools several sources. Raises signals.Halt
+    where a loop that it is part of is to stop.
     """
 
     def __init__(self, pretraining: Pretraining, *, beat: Callable[[], None] = lambda: None):
@@ -109,6 +110,7 @@ class Evaluation:
         for batch in batches:
             sums.append(jax.device_get(SUMS(model, hosts.put_batch(batch, most))))
             self.beat()
+            signals.check()
         return _total({key: float(value) for key, value in one.items()} for one in sums)
 
     def _truth(self, tag, sums):

@@ -3,7 +3,7 @@
 import math
 import time
 
-from lm_jax import hosts, parallel, plots, trainer, update
+from lm_jax import hosts, parallel, peers, plots, trainer, update
 from lm_jax.clock import Clock
 from lm_jax.config import Config, to_dict
 from lm_jax.data import store
@@ -21,10 +21,10 @@ def opened(c: Config, workdir: Workdir, clock: Clock, mark: str = "") -> pretrai
         pretrain.attention(c)
         return store.prepare(c.data, say=hosts.say)
 
-    hosts.together(lambda: workdir.open(to_dict(c), mark))
+    hosts.together(lambda: workdir.open(to_dict(c), mark), "folder")
     clock.watch(workdir.path, writes=workdir.writes, patience=c.train.watchdog)
     with clock.phase("data"):
-        recipe = pretrain.Pretraining(c, hosts.together(prepared))
+        recipe = pretrain.Pretraining(c, hosts.together(prepared, "data", limit=peers.ENDLESS))
     hosts.same(data=recipe.store.digest)
     return recipe
 

@@ -109,21 +109,22 @@ class Stack:
         """Train; of each run "ok", "stopped" or "diverged", as `Trainer.fit`, and saved, or "back" at an earlier step.
         """
         self._clock = time.perf_counter()
-        with signals.caught() as stop, self.clock.phase("step"):
-            while self.done < self.last and self.alive and not stop:
-                self._step()
-        self._read()
-        self._share()
-        for r in self.alive:
-            self.runs[r].finish()
-        over = "ok" if self.done == self.last else "stopped"
-        return [over if r in self.alive else "back" if one.back() else "diverged" for r, one in enumerate(self.runs)]
+        with signals.caught(), self.clock.phase("step"):
+            stopped = self.done > 0 and self._follow(lambda one: one.recipe.hooks)
+            while self.done < self.last and self.alive and not stopped:
+                stopped = self._step()
+            self._read()
+            self._share()
+            for r in self.alive:
+                self.runs[r].finish()
+            over = "stopped" if stopped else "ok"
+            ends = lambda r, one: over if r in self.alive else "back" if one.back() else "diverged"
+            return [ends(r, one) for r, one in enumerate(self.runs)]
 
-    def _step(self):
-        """Send as many steps as there are before anything is due, and read what was sent before."""
-        due = lambda step: [hook for hook in self.runs[0].hooks if hook.due(step, self.last)]
+    def _step(self) -> bool:
+        """Send as many steps as there are before anything is due, and read what was sent before; whether to stop."""
         ends = range(self.done + 1, self.done + self.most + 1)
-        count = next((end for end in ends if due(end)), ends[-1]) - self.done
+        count = next((end for end in ends if self._due(end)), ends[-1]) - self.done
         for step in range(self.done + 1, self.done + count + 1):
             faults.reach("step", step)
         begun = time.perf_counter()
@@ -137,14 +138,22 @@ class Stack:
         self._read()
         self._sent = (self.done, count, metrics, waited)
         self.done += count
-        if due(self.done):
+        if signals.agreed():
+            return True
+        if self._due(self.done):
             self._read()
             self._share()
-            for r in self.alive:
-                for hook in self.runs[r].hooks:
-                    if hook.due(self.done, self.last):
-                        hook.do(self.runs[r])
-            self._clock = time.perf_counter()
+            return self._follow(lambda one: one.hooks)
+        return False
+
+    def _due(self, step: int) -> bool:
+        return any(hook.due(step, self.last) for hook in self.runs[0].hooks)
+
+    def _follow(self, hooks) -> bool:
+        """Do what is due of each run's hooks, as `Trainer.follow`."""
+        stopped = any(self.runs[r].follow(hooks(self.runs[r])) for r in sorted(self.alive))
+        self._clock = time.perf_counter()
+        return stopped
 
     def _advanced(self, batches, count: int):
         """The states after so many steps, and their metrics; the first call compiles, which is no time of a step's."""
