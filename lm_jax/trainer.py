@@ -223,7 +223,7 @@ class Trainer:
         """Train until the run is "ok", "stopped" or "diverged", or has gone "back"."""
         last, stopped = self.config.train.steps, self.done > 0 and self.follow(self.recipe.hooks)
         while self.done < last and not stopped and not self.meter.burst:
-            self._step(batches, profile)
+            self.send(batches, profile)
             if stopped := signals.agreed():
                 self.meter.flush()  # and save: whoever sent the signal may not wait, and a restart does what follows
             else:
@@ -244,7 +244,7 @@ class Trainer:
             return True
         return False
 
-    def _step(self, batches, profile):
+    def send(self, batches, profile):
         """Send the next step to the devices, and read the numbers of the one before."""
         faults.reach("step", self.done + 1)
         profile.before(self.done + 1)

@@ -27,6 +27,7 @@ LAYERS = (
     ("preflight",),
     ("launchers",),
     ("scaling",),
+    ("measure",),
     ("prepare", "train", "together", "plan", "sweep", "fit", "bench", "evaluate", "generate", "convert", "serve"),
     ("",),  # lm_jax itself, which nothing imports
 )
