@@ -120,7 +120,7 @@ def closing(points, found: dict, out: Path, status: str, argv) -> str:
         f", {count} {flag}" for flag, count in flagged.items()) + f"; records are in {out / 'runs.jsonl'}"]
     lines += [f"  {record['run']} failed, {record['why']}: {record['last_line']} ({record['log']})"
               for record in ended if record["status"] == "failed"]
-    following = f"python -m lm_jax.fit {out / 'runs.jsonl'}" if status == "ok" else \
+    following = f"python -m lm_jax.fit {shlex.quote(str(out / 'runs.jsonl'))}" if status == "ok" else \
         f"{sweep.command(argv)}   # goes on with what is missing"
     return "\n".join([*lines, "next:", f"  {following}"])
 

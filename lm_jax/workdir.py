@@ -3,6 +3,7 @@
     <workdir>/config.json manifest.json metrics.jsonl checkpoints/ plots/ summary.json lock lease mark
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -52,7 +53,7 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim()
         except OSError as e:
-            if e.errno not in REFUSED:
+            if e.errno not in (*REFUSED, errno.ENOENT, errno.ENAMETOOLONG):
                 raise
             raise ConfigError(f"--workdir={self.path} cannot be used: {e}. Pass a folder that takes files") from e
         if mark:

@@ -98,18 +98,19 @@ def closing(summary: dict, workdir, argv: list[str]) -> str:
     if "xz_bits_per_byte" in summary:
         lines += [f"xz -9 on the same held-out bytes: {summary['xz_bits_per_byte']:.3f} bits per byte"]
     folder = _shown(workdir.path)
+    other = lambda word: shlex.quote(f"--workdir={folder}-{word}")
     lines += [f"{summary['status']}: {summary['steps']:,} steps, {summary['tokens']:,} tokens, {summary['flops']:.3g} "
               f"FLOPs, {summary['seconds']:.0f} s of training; everything is in {folder}"]
     steps = max(summary["steps"], 1)
     return "\n".join(lines + ["next:"] + {
         "ok": [f"  look at {folder}/plots/loss.png and {folder}/summary.json",
-               f"  {command('--workdir', '--config.train.steps')} --workdir={folder}-long "
+               f"  {command('--workdir', '--config.train.steps')} {other('long')} "
                f"--config.train.steps={2 * steps}   # twice as long",
-               f"  {command('--workdir', *corpus)} --workdir={folder}-own '--config.data.sources=text:my/*.txt'"
+               f"  {command('--workdir', *corpus)} {other('own')} '--config.data.sources=text:my/*.txt'"
                "   # your own text",
                "  python -m lm_jax.train --config=configs/tiny_bert.py   # an encoder; tiny_t5.py has both"],
         "stopped": [f"  {command()}   # the same command goes on at step {summary['steps']:,}"],
-        "diverged": [f"  {command('--workdir')} --workdir={folder}-calm --config.optim.lr=...  # lower; more warm-up"],
+        "diverged": [f"  {command('--workdir')} {other('calm')} --config.optim.lr=...  # lower; more warm-up"],
     }[summary["status"]])
 
 

@@ -34,7 +34,7 @@ def train(recipe: pretrain.Pretraining, workdir: Workdir, clock: Clock, mesh: di
 
     `start` is the folder of a run that this one begins as.
     """
-    c, begun, evaluation = recipe.config, time.time(), pretrain.Evaluation(recipe, beat=clock.beat)
+    c, begun, evaluation = recipe.config, time.monotonic(), pretrain.Evaluation(recipe, beat=clock.beat)
     plan = recipe.recipe((pretrain.evaluate_every(c, evaluation),))
     with trainer.Trainer(c, recipe.model(), plan, workdir, start=start, clock=clock, say=hosts.say) as run:
         manifest(recipe, workdir, mesh)
@@ -61,6 +61,6 @@ def ended(recipe: pretrain.Pretraining, run: trainer.Trainer, status: str, evalu
             pretrain.record(run, results)
         if not all(math.isfinite(values["val_loss"]) for values in results.values()):
             status = "diverged"
-    summary = report.summary(recipe, run, status, results, time.time() - begun)
+    summary = report.summary(recipe, run, status, results, time.monotonic() - begun)
     run.workdir.write_json("summary.json", summary)
     return summary

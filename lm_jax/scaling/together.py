@@ -50,7 +50,7 @@ class Member:
 def train(members: Sequence[Member], clock: Clock, mesh: dict) -> list[dict | Failure]:
     """Train runs of one length to their ends or a signal; of each the summary that is also in its folder, or why it
     could not begin, which keeps no other from it."""
-    begun, evaluation = time.time(), pretrain.Evaluation(members[0].recipe, beat=clock.beat)
+    begun, evaluation = time.monotonic(), pretrain.Evaluation(members[0].recipe, beat=clock.beat)
     with contextlib.ExitStack() as stack:
         runs, found = {}, {}
         for member in members:
