@@ -61,3 +61,18 @@ def test_a_folder_in_use_and_one_that_is_none_are_told(trained, tmp_path, capsys
         said(tmp_path, capsys)
     with pytest.raises(ConfigError, match="stands alone"):
         train.main(["train", "--doctor=x", "--config=configs/tiny.py"])
+
+
+def test_what_a_start_took_is_told_and_damaged_records_are_survived(trained, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    seconds = {"start": 6.0, "data": 1.0, "restore": 2.0, "compile": 3.0, "step": 50.0, "save": 1.0}
+    (folder / "phases.json").write_text(json.dumps({"until": 0, "seconds": seconds}))
+    manifest = {"parameters": {"total": 9}, "data_digest": "", "code_revision": "", "devices": 1, "device": "cpu",
+                "starts": ["", "", ""]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "a start took 4.0 s until it trained" in said(folder, capsys)[1]
+    for name in ("manifest.json", "summary.json"):
+        (folder / name).write_text("{")
+    code, text = said(folder, capsys)
+    assert code == 0 and "manifest.json is damaged" in text and "a restart goes on" in text

@@ -10,6 +10,7 @@ from lm_jax.config import from_dict
 from lm_jax.errors import ConfigError
 from lm_jax.recipes.pretrain import row_lengths
 
+BEFORE = ("start", "data", "restore", "compile")  # phases before a start trains
 SHARE = 0.001  # of the wall clock, below which a phase is not worth a word
 
 
@@ -61,13 +62,16 @@ def _metrics(folder: Path, c) -> list[str]:
         lines[0] += f", {len(steps) - len(set(steps))} of them twice"
     if skipped := max((row.get("skipped") or 0 for row in rows), default=0):
         lines += [f"{skipped:.0f} updates were refused (not finite, or spikes)"]
-    for one in (_json(folder / "summary.json") or {}).get("rollbacks", ()):
+    for one in _record(folder / "summary.json").get("rollbacks", ()):
         lines += [f"went back from step {one['from']:,} to {one['to']:,} for such updates, and on with later batches"]
     phases = _json(folder / "phases.json")
     if isinstance(phases, dict):
         seconds, wall = phases["seconds"], sum(phases["seconds"].values())
         shares = sorted(((value / wall, name) for name, value in seconds.items() if value > SHARE * wall), reverse=True)
         lines += [f"{wall:,.0f} s of wall clock: " + ", ".join(f"{name} {share:.1%}" for share, name in shares)]
+        if starts := len(_record(folder / "manifest.json").get("starts", ())):
+            each = sum(seconds.get(phase, 0.0) for phase in BEFORE) / starts
+            lines += [f"a start took {each:.1f} s until it trained ({', '.join(BEFORE)}), the mean of {starts}"]
     return lines
 
 
@@ -114,6 +118,12 @@ def _rows(folder: Path) -> list[dict]:
             except ValueError:
                 pass  # cut off by a kill: a restart takes it away
     return found
+
+
+def _record(path: Path) -> dict:
+    """A record; one without entries where it is missing or damaged."""
+    found = _json(path)
+    return found if isinstance(found, dict) else {}
 
 
 def _json(path: Path):
