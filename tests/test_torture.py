@@ -35,13 +35,13 @@ def command(run, data) -> list[str]:
     return [sys.executable, "-m", "lm_jax.train", *SETTINGS, f"--config.data.root={data}", f"--workdir={run}"]
 
 
-def test_five_kills_five_within_a_save_flips_and_a_hopeless_folder_lose_nothing():
-    argv = [sys.executable, "tests/torture.py", "--runs=5", "--faults=kills,saves,flips,nothing"]
+def test_kills_at_random_and_in_each_part_of_a_save_flips_and_a_hopeless_folder_lose_nothing():
+    argv = [sys.executable, "tests/torture.py", "--runs=2", "--faults=kills,saves,flips,nothing"]
     found = subprocess.run(argv, text=True, capture_output=True, timeout=600, cwd=ROOT, env=os.environ | {
         "PYTHONPATH": str(ROOT)})
     assert found.returncode == 0, found.stdout + found.stderr
     rows = {row[1]: row.groups()[1:] for row in re.finditer(r"^(\S.*?) +(\d+) +(\d+) +(\d+) +\d+$", found.stdout, re.M)}
-    assert rows["SIGKILL"] == rows["flipped bits"] == ("5", "5", "0")
+    assert rows["SIGKILL"] == rows["flipped bits"] == ("2", "2", "0")
     assert len([what for what in rows if what.startswith("SIGKILL at save/")]) == 5
     assert rows["no checkpoint intact"] == ("1", "1", "0")
 

@@ -66,7 +66,7 @@ def main(argv):
     os.environ.pop("XLA_FLAGS", None)
     lost = 0
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/cache"
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/cache")
         FORKS.set_forkserver_preload(["lm_jax.train", "orbax.checkpoint", "tensorstore", "matplotlib.pyplot"])
         box = Box(Path(folder), args.jobs)
         print(f"{'':24} {'tried':>6} {'survived':>9} {'lost':>5} {'seconds':>8}", flush=True)
@@ -152,17 +152,18 @@ def live(argv, log, planned):
 
 
 def kills(box: Box, runs: int, rng):
-    return box.each(partial(struck, by=signal.SIGKILL), [rng.random() for _ in range(math.ceil(runs / KILLS))])
+    kill = partial(struck, by=signal.SIGKILL, kills=min(KILLS, runs))
+    return box.each(kill, [rng.random() for _ in range(math.ceil(runs / KILLS))])
 
 
 def signals(box: Box, runs: int, rng):
     return box.each(partial(struck, by=signal.SIGTERM), [rng.random() for _ in range(math.ceil(runs / KILLS / 5))])
 
 
-def struck(box: Box, run: Path, seed: float, by):
+def struck(box: Box, run: Path, seed: float, by, kills: int = KILLS):
     """Send a run a signal at random moments of its starts, then let it end."""
     rng, tried = random.Random(seed), 0
-    while tried < KILLS:
+    while tried < kills:
         before, process = saved(run), box.start(run)
         process.join(rng.uniform(0, box.life))
         if hit := process.exitcode is None:
