@@ -26,9 +26,3 @@ def test_it_holds_what_the_project_asks_for():
         wanted = Requirement(line)
         pinned = PINS[canonicalize_name(wanted.name)]
         assert wanted.specifier.contains(pinned, prereleases=True), f"{line}: {pinned} is locked"
-
-
-def test_it_agrees_with_the_constraints():
-    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    told = dict(line.split("==") for line in lines if "==" in line)
-    assert {canonicalize_name(name): version for name, version in told.items()}.items() <= PINS.items()

@@ -31,7 +31,7 @@ def test_the_commands_of_the_readme_resolve(command, monkeypatch, capsys):
 def test_there_are_commands_to_check():
     assert not re.search(r"@[A-Z]+@", TEXT), "a gap that was left to fill"
     assert len(COMMANDS) >= 6
-    assert [block.count("pip install") for block in BLOCKS[:2]] == [1, 1], "two commands do all the set-up"
+    assert [block.count("pip install") for block in BLOCKS[:2]] == [2, 2], "two lines do all the set-up"
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:lm_jax|configs|tests|docs)/[\w./]+)`", TEXT))))

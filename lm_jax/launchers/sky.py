@@ -66,7 +66,7 @@ def _setup(extra: str) -> str:
     """Python 3.12 and the dependencies, once a machine."""
     python = f"{VENV}/bin/python"
     make = f'python3 -m pip install --quiet uv && python3 -m uv venv --quiet --python 3.12 "{VENV}"'
-    install = f'python3 -m uv pip install --quiet --python "{python}" -c constraints.txt -e ".[{extra}]"'
+    install = f'python3 -m uv pip install --quiet --python "{python}" -c requirements.lock -e ".[{extra}]"'
     return f'set -e\n[ -x "{python}" ] || {{ {make}; }}\n{install}\n'
 
 
