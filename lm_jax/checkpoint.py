@@ -62,11 +62,11 @@ class Checkpoints:
         slow = self._thread is not None and self._thread.is_alive() and time.monotonic() - self._began > SLOW
         return self._told("busy", slow)
 
-    def save(self, step: int, tree, extra: dict) -> bool:
+    def save(self, step: int, tree, extra: dict, *, hold: float = math.inf) -> bool:
         """Begin to save a pytree of arrays and a JSON-able dict; returns once the arrays are copied from the devices.
 
-        Waits for the save before. A step saved or restored just before is not saved again: False. Raises CopiesError
-        where devices that should hold the same do not.
+        Waits for the save before. A step saved or restored just before is not saved again: False. The newest of at most
+        `hold` steps stays too. Raises CopiesError where devices that should hold the same do not.
         """
         if self._keep is None:
             raise ValueError(f"{self.folder} was opened for reading: pass keep= to save")
@@ -85,13 +85,14 @@ class Checkpoints:
                 part.mkdir(parents=True)
             checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
             faults.reach("save/begin")
-            checkpointer.save(part / "arrays", args=ocp.args.PyTreeSave(_nested(leaves)))
+            checkpointer.save(part / "arrays", args=ocp.args.PyTreeSave(fingerprint.nested(leaves)))
         except Exception as e:
             self._fail(step, part, e)
             self.poll()
             return False
         self._began = time.monotonic()
-        self._thread = threading.Thread(target=self._finish, args=(step, part, body, checkpointer), name="checkpoint")
+        self._thread = threading.Thread(name="checkpoint", target=self._finish,
+                                        args=(step, part, body, checkpointer, hold))
         self._thread.start()
         return True
 
@@ -162,7 +163,7 @@ class Checkpoints:
         return json.loads(peers.exchange(name, json.dumps(value), limit=peers.LONG)[0])
 
     def _read(self, step, leaves, *, partial) -> dict:
-        item, folder = _nested(leaves), epath.Path(self.folder / str(step) / "arrays")
+        item, folder = fingerprint.nested(leaves), epath.Path(self.folder / str(step) / "arrays")
         args = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=partial)
         try:
             restored = ocp.PyTreeCheckpointHandler().restore(folder, args=args)  # a Checkpointer waits without a limit
@@ -172,7 +173,7 @@ class Checkpoints:
         peers.exchange("restored", str(step), limit=peers.LONG)
         return fingerprint.named(restored)
 
-    def _finish(self, step, part, body, checkpointer):
+    def _finish(self, step, part, body, checkpointer, hold):
         """The background's share: the rest of the arrays, the manifest, the rename, the oldest one's end."""
         try:
             faults.reach("save/arrays")
@@ -184,7 +185,9 @@ class Checkpoints:
                 faults.reach("save/rename")
                 part.rename(self.folder / str(step))
                 disk.sync(self.folder)
-                for old in [at for at in self.steps() if at != self._spare][:-self._keep]:
+                steps = [at for at in self.steps() if at != self._spare]
+                held = max((at for at in steps if at <= hold), default=None)
+                for old in [at for at in steps[:-self._keep] if at != held]:
                     self._remove(self.folder / str(old))
             self._newest, self._failed = step, 0
         except BaseException as e:
@@ -281,18 +284,6 @@ def _placed(leaf):
     elif isinstance(getattr(sharding, "mesh", None), AbstractMesh):  # as jax.eval_shape gives it
         sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _nested(leaves) -> dict:
-    """The same as nested plain dicts, which is all that the disk sees."""
-    tree = {}
-    for name, leaf in leaves.items():
-        *folders, last = name.split("/")
-        inner = tree
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[last] = leaf
-    return tree
 
 
 def _not_from_orbax(record) -> bool:

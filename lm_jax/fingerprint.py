@@ -48,6 +48,18 @@ def named(tree) -> dict:
     return leaves
 
 
+def nested(leaves) -> dict:
+    """What `named` gave as nested plain dicts."""
+    tree = {}
+    for name, leaf in leaves.items():
+        *folders, last = name.split("/")
+        inner = tree
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = leaf
+    return tree
+
+
 def _whole(name: str, array, sums: dict) -> int:
     """The fingerprint of an array from those of what each device holds of it: of each part once."""
     parts = {}

@@ -1,10 +1,12 @@
 """The training loop: a Trainer that knows neither objective nor model, and can be ended and begun again anywhere."""
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator
 
 import jax
+import numpy as np
 from flax import nnx
 
 from lm_jax import checkpoint, faults, fingerprint, hosts, log, optim, signals, update
@@ -195,8 +197,9 @@ class Trainer:
         c = self.config
         extra = {"config": to_dict(c), "seed": c.seed, "batches": self.done + self.skipped, "data": self.recipe.data,
                  "seconds": self.meter.seconds, "begun": self.begun, "rollbacks": self.rollbacks}
-        with self.clock.phase("save"):
-            self.checkpoints.save(self.done, update.saved(self.state), extra)
+        refused = [at for at in np.asarray(self.state.opt.refused).tolist() if 0 <= at and self.done - at <= optim.SPAN]
+        with self.clock.phase("save"):  # a burst may have begun, before which the run would go back
+            self.checkpoints.save(self.done, update.saved(self.state), extra, hold=min(refused, default=math.inf))
 
     def finish(self):
         """Save the state, if the last step was not saved just now, and wait until it is on the disk."""
