@@ -20,13 +20,14 @@ from lm_jax.errors import ConfigError
 PARTS = {  # name -> what it measures; those of a config need --config
     "limits": "the best products of matrices, each way round, and memory; with huge pages and without",
     "training": "a config's rate, MFU, split of a step, memory against the plan, costliest operations",
+    "packing": "rows of several documents against rows of one",
     "starts": "import, --help, and a config's time to its first step, cold and cached",
     "loader": "tokens a second from the packed store",
     "growth": "how cost grows over model size, length, vocabulary and devices",
     "together": "eight points of a million parameters as one program, against one after another",
     "entropy": "the memory of the cross-entropy at a vocabulary of 128k",
 }
-OF_CONFIG = ("training", "starts", "loader")
+OF_CONFIG = ("training", "packing", "starts", "loader")
 AGAINST = {"torch": "a nanoGPT-shaped model's training in PyTorch, eager and compiled",
            "transformers": "generation by an 85M GPT-2, classification by a DistilBERT"}
 CONTENTS = "\n".join(f"  {name:<14}{what}" for name, what in (PARTS | AGAINST).items())

@@ -1,5 +1,6 @@
 """The benchmark measures what it says: its counts are the program's, nothing nominal passes as seen."""
 
+import functools
 import json
 import os
 import pathlib
@@ -14,7 +15,19 @@ import pytest
 
 from lm_jax import bench, config
 from lm_jax.errors import ConfigError
-from lm_jax.measure import entropy, figures, growth, limits, loader, ops, pages, stacked, subject, timing, training
+from lm_jax.measure import (
+    entropy,
+    figures,
+    limits,
+    loader,
+    ops,
+    packing,
+    pages,
+    stacked,
+    subject,
+    timing,
+    training,
+)
 from lm_jax.measure.figures import Figure
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -45,6 +58,16 @@ def test_a_training_report_has_every_part_with_its_unit(measured):
     assert not any(figure.nominal for figure in found.values()), "a CPU has no nominal peak: none may be shown"
 
 
+def test_packing_is_measured_over_rows_of_documents():
+    rows = packing.layout(2, 10, documents=3)
+    assert rows["segments"][0].tolist() == [1, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert rows["positions"][0].tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2]
+    with subject.opened(tiny()) as it:
+        found = {figure.name.strip(): figure for figure in packing.measured(it, turns=1)}
+    assert {"a step, packed", "a step, unpacked", "a layer's attention by xla, plain"} <= found.keys()
+    assert found["packed costs over plain"].unit == "%"
+
+
 def test_the_costliest_operations_are_told_with_their_limits(measured):
     costly = [figure for name, figure in measured[0].items() if name.startswith("op ")]
     assert len(costly) == 5 and all("at the limit" in figure.how for figure in costly)
@@ -65,6 +88,14 @@ def test_a_profile_knows_the_operations_of_the_program_that_ran():
     names = ops.instructions(f.lower(x).compile().as_text())
     seconds = ops.profiled(lambda: jax.block_until_ready(f(x)))
     assert seconds.keys() & names.keys() and all(s > 0 for name, s in seconds.items() if name in names)
+
+
+def test_operations_that_are_alike_are_told_together():
+    f, x = jax.jit(lambda x, w: functools.reduce(lambda x, w: jnp.tanh(x @ w), w, x)), jnp.ones((64, 64))
+    w = list(jax.random.normal(jax.random.key(0), (6, 64, 64)))
+    found = ops.costliest(f.lower(x, w).compile(), lambda: jax.block_until_ready(f(x, w)), LIMITS, dtype="float32")
+    products = [figure for figure in found if f"{2 * 64**3:.3g} FLOPs" in figure.how]
+    assert products and sum(int(figure.name.partition(" × ")[2] or 1) for figure in products) >= 6
 
 
 def test_limits_are_of_each_dtype_and_way():
@@ -123,28 +154,6 @@ def test_the_entropy_of_many_parts_holds_a_chunk_and_not_all():
     found = {f.name: f for f in entropy.measured(vocab=65_536, width=64, rows=4, length=1024)}
     assert found["one chunk of logits"].value < found["all logits"].value
     assert found["temporaries of loss and gradients"].value < found["all logits"].value
-
-
-def test_growth_finds_the_exponent_of_a_power():
-    x = np.array([1.0, 3.0, 10.0])
-    assert growth.exponent(x, 5 * x**1.7) == pytest.approx(1.7)
-
-
-def test_growth_over_sizes_tells_counts_times_and_exponents():
-    found = {f.name.strip(): f for f in growth.measured("vocab", (64, 128), turns=1, params=5e4, tokens=64, length=32)}
-    assert {"exponent of FLOPs", "exponent of seconds a step", "left unexplained"} <= found.keys()
-    assert 0 < found["exponent of FLOPs"].value < 1 and found["64 ids"].unit == "ms"
-
-
-def test_growth_over_devices_asks_a_process_of_each_number():
-    found = growth.measured("devices", (1, 2), turns=1, params=5e4, tokens=64, length=32, vocab=64)
-    assert [f.unit for f in found[:2]] == ["ms", "ms"] and found[1].name == "2 devices"
-
-
-def test_what_is_too_large_is_counted_and_not_timed(monkeypatch):
-    monkeypatch.setattr(growth, "PATIENCE", 1.0)
-    big = growth.measured("vocab", (64,), turns=1, params=5e4, tokens=64, length=32)[0]
-    assert "counted alone" in big.how and big.unit == "FLOP a step"
 
 
 def test_pages_keep_the_users_other_tunables(monkeypatch):

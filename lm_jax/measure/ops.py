@@ -25,17 +25,19 @@ _SOURCE = re.compile(r'op_name="([^"]*)"')
 
 
 def costliest(compiled, run, limits: Limits, *, dtype: str, most: int = 5) -> list[Figure]:
-    """The operations of a compiled program that take most of `run()`, which runs it once: milliseconds a step each."""
-    known, found = instructions(compiled.as_text()), profiled(run)
-    seconds = {name: s for name, s in found.items() if name in known and known[name].kind not in HOLDERS}
-    total = sum(seconds.values())
-    figures = []
-    for name in sorted(seconds, key=seconds.get, reverse=True)[:most]:
-        op, took = known[name], seconds[name]
-        least = limits.seconds(op.flops, op.moved, dtype)
+    """The operations of a compiled program that take most of `run()`, which runs it once: milliseconds a step, those
+    that are alike (of one line of the model, in each layer) together."""
+    known, alike = instructions(compiled.as_text()), collections.defaultdict(list)
+    for name, seconds in profiled(run).items():
+        if name in known and known[name].kind not in HOLDERS:
+            alike[known[name]].append(seconds)
+    total, figures = sum(map(sum, alike.values())), []
+    for op in sorted(alike, key=lambda op: sum(alike[op]), reverse=True)[:most]:
+        took, count = sum(alike[op]), len(alike[op])
+        least = count * limits.seconds(op.flops, op.moved, dtype)
         figures.append(Figure(
-            f"op {name}", 1e3 * took, "ms", f"{took / total:.1%} of the profile; at the limit {1e3 * least:.3g} ms "
-            f"({op.flops:.3g} FLOPs, {op.moved:.3g} bytes); {op.source}"))
+            f"op {op.source}" + f" × {count}" * (count > 1), 1e3 * took, "ms", f"{took / total:.1%} of the profile; at "
+            f"the limit {1e3 * least:.3g} ms ({op.flops:.3g} FLOPs, {op.moved:.3g} bytes each); {op.kind}"))
     return figures
 
 

@@ -15,6 +15,7 @@ from lm_jax.measure import (
     limits,
     loader,
     machine,
+    packing,
     pages,
     stacked,
     starts,
@@ -60,6 +61,12 @@ def _training(page: Page, c, args):
         page.show("training", f"training of {c.name}: {subject.told(it)}", found)
 
 
+def _packing(page: Page, c, args):
+    with subject.opened(c) as it:
+        found = packing.measured(it, turns=args.turns)
+        page.show("packing", f"packed rows of {c.name}: {subject.told(it)}", found)
+
+
 def _starts(page: Page, c, args):
     page.show("starts", f"before the first step of {c.name}", starts.imports(turns=args.turns) + starts.first_step(c))
 
@@ -102,6 +109,6 @@ def known_limits(turns: int) -> limits.Limits:
     return limits.measured(turns=turns)
 
 
-PARTS = {"limits": _limits, "training": _training, "starts": _starts, "loader": _loader, "growth": _growth,
-         "together": _together, "entropy": _entropy}
+PARTS = {"limits": _limits, "training": _training, "packing": _packing, "starts": _starts, "loader": _loader,
+         "growth": _growth, "together": _together, "entropy": _entropy}
 AGAINST = {"torch": _torch, "transformers": _transformers}

@@ -20,9 +20,12 @@ GIB = devices.GIB
 def measured(subject: Subject, limits: Limits, *, turns: int = timing.TURNS) -> list[Figure]:
     """Everything about a step of the subject."""
     batch = hosts.put_batch(subject.pretraining.loader.batch(0))
-    seconds = _seconds(subject, batch, turns)
     compiled = subject.trainer.step.lower(subject.trainer.state, batch, jax.random.key(0)).compile()
-    return [*_rates(subject, limits, seconds["loop"]), *_split(seconds), *_memory(subject, compiled),
+    subject.trainer.step = compiled  # so that it is compiled once
+    _step(subject, batch, 3)
+    used = _memory(subject, compiled)  # before anything else has used any
+    seconds = _seconds(subject, batch, turns)
+    return [*_rates(subject, limits, seconds["loop"]), *_split(seconds), *used,
             *ops.costliest(compiled, lambda: _step(subject, batch), limits, dtype=_dtype(subject))]
 
 
