@@ -131,7 +131,8 @@ def test_a_name_that_is_not_here_is_told_the_nearest(name, said, folder):
 def test_only_what_a_hub_keeps_is_put_into_the_local_one(folder, here):
     source = shutil.copytree(folder("gpt2"), here / "model")
     (source / ".git").mkdir()
-    for name in ("x.pkl", ".git/index.json", "merges.txt"):
+    (source / "onnx").mkdir()
+    for name in ("x.pkl", ".git/index.json", ".hidden.json", "merges.txt", "onnx/config.json", "consolidated.json"):
         (source / name).write_text("#")
     found = store.add(source, "me/gpt2")
     assert sorted(path.relative_to(found).as_posix() for path in found.rglob("*")) == [
@@ -164,6 +165,61 @@ def test_where_nothing_can_be_written_it_is_said(more, said, folder, here):
     with pytest.raises(ConfigError, match=said):
         convert.main(["convert", str(folder("gpt2")), "out", *more])
     assert out.read_text() == "mine" if not more else not out.exists()
+
+
+@pytest.fixture
+def network(folder, monkeypatch):
+    """A hub on the network that has one model, with what such a repository holds besides; its list of downloads."""
+    import huggingface_hub
+
+    def download(repo, *, revision, cache_dir, **patterns):
+        asked.append(f"{repo}@{revision}")
+        place = cache_dir / f"models--{repo.replace('/', '--')}"
+        snapshot = place / "snapshots" / ("5" * 40)
+        names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
+        for name in huggingface_hub.utils.filter_repo_objects(names, **patterns):
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, snapshot / name)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / revision).write_text(snapshot.name)
+        return str(snapshot)
+
+    source, asked = folder("gpt2"), []
+    hub.save(hub.load(source), source, shard=100_000)
+    for name in ("consolidated.safetensors", "fp16/model.safetensors", "onnx/config.json", "pytorch_model.bin",
+                 "README.md"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+    monkeypatch.setattr(store, "library", lambda: types.SimpleNamespace(snapshot_download=download))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    return asked
+
+
+def test_a_name_is_fetched_once_and_each_weight_of_it_once(network):
+    place = hub.path("me/far@v2")
+    assert hub.path("me/far@v2") == place and network == ["me/far@v2"]
+    names = sorted(path.relative_to(place).as_posix() for path in place.rglob("*"))
+    assert names[:2] == ["README.md", "config.json"] and len(names) > 4
+    assert all(name.startswith("model-0") for name in names[2:-1]) and names[-1] == "model.safetensors.index.json"
+    assert hub.load("me/far@v2").cfg.width == 32
+
+
+@pytest.mark.parametrize("gone", ["config.json", "model-00002*", "model*"])
+def test_what_is_in_the_cache_in_part_is_completed(gone, network, monkeypatch):
+    """As a tokenizer leaves it that transformers has fetched alone, or a download that was cut off."""
+    place = hub.path("me/far")
+    for file in place.glob(gone):
+        file.unlink()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises((ConfigError, DataError), match="fetch|has no config.json"):
+        hub.load("me/far")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert hub.load("me/far").cfg.width == 32 and len(network) == 2
+    for file in place.glob(gone):
+        file.unlink()
+    monkeypatch.setattr(store, "library", lambda: types.SimpleNamespace())
+    with pytest.raises(ConfigError, match="'me/far' is here in part only .*5555., and could not be fetched: "):
+        hub.load("me/far")
 
 
 @pytest.mark.parametrize("name, branches", [("me/x", []), ("me/x@v1", ["v1"])])

@@ -46,6 +46,15 @@ def read_json(file: Path) -> dict:
     return found or {}
 
 
+def whole(folder: Path) -> bool:
+    """Whether a model's config.json and every file of its weights are here."""
+    try:
+        files = [*_shards(folder / INDEX)] if (folder / INDEX).exists() else [folder / WHOLE]
+    except DataError:  # one is not there, or the index is cut off
+        return False
+    return all(file.is_file() for file in [folder / "config.json", *files])
+
+
 def read(folder: Path) -> dict[str, Tensor]:
     """Name -> tensor of all its safetensors; nothing but headers is read. Numbers of 8 bits come with their scales."""
     index = folder / INDEX

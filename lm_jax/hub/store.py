@@ -25,6 +25,7 @@ from lm_jax.errors import ConfigError
 NAME = re.compile(r"(?P<repo>([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?")
 LARGE = (".safetensors", ".model", ".bin", ".onnx", ".gguf")  # what the hub keeps beside git, by SHA-256
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]  # of a repository; never a pickle
+UNWANTED = ["*/*", "consolidated*"]  # of those: the same model once more, for ONNX or as who trained it keeps it
 
 
 def root() -> Path:
@@ -36,13 +37,17 @@ def root() -> Path:
 def path(name) -> Path:
     """The folder that a name stands for: itself, or a snapshot here; else it is downloaded, where there is a network.
 
-    A name is owner/name@revision, the revision a word, a digest or the beginning of one; without it, main. ConfigError
-    names the nearest that is here.
+    Other programs leave parts of a model in the same cache, a tokenizer by itself or half a download: such a snapshot
+    is completed. A name is owner/name@revision, the revision a word, a digest or the beginning of one; without it,
+    main. ConfigError names the nearest that is here.
     """
     if Path(name).is_dir():
         return Path(name)
     repo, revision = parse(str(name))
-    return _found(repo, revision) or _downloaded(repo, revision)
+    found = _found(repo, revision)
+    if found and (_offline() or folder.whole(found)):
+        return found
+    return _downloaded(repo, revision, found)
 
 
 def add(source, name: str) -> Path:
@@ -52,8 +57,8 @@ def add(source, name: str) -> Path:
     """
     repo, word = parse(name)
     folder.config(Path(source))
-    place, files = _place(repo), sorted(each for each in Path(source).rglob("*") if _wanted(each, Path(source)))
-    blobs = {each.relative_to(source).as_posix(): _digest(each) for each in files}
+    place, files = _place(repo), sorted(filter(_wanted, Path(source).iterdir()))
+    blobs = {each.name: _digest(each) for each in files}
     listing = "".join(f"{digest} {file}\n" for file, digest in blobs.items())
     revision = hashlib.sha1(listing.encode(), usedforsecurity=False).hexdigest()
     for each, (file, digest) in zip(files, blobs.items()):
@@ -81,7 +86,8 @@ def upload(source, name: str) -> str:
         address = api.create_repo(repo, private=True, exist_ok=True)
         if word != "main":
             api.create_branch(repo, branch=word, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=str(source), revision=word, allow_patterns=WANTED)
+        api.upload_folder(repo_id=repo, folder_path=str(source), revision=word, allow_patterns=WANTED,
+                          ignore_patterns=UNWANTED)
     except Exception as error:  # the library's errors, and those of the network under it
         raise ConfigError(f"{name} could not be uploaded: {textwrap.shorten(str(error), 300)}") from error
     return str(address)
@@ -123,19 +129,22 @@ def _found(repo, revision) -> Path | None:
     return begun[0] if begun else None
 
 
-def _downloaded(repo, revision) -> Path:
+def _downloaded(repo, revision, part: Path | None) -> Path:
+    """The snapshot out of the network, where `part` of it may be here."""
     name = repo if revision == "main" else f"{repo}@{revision}"
     near = difflib.get_close_matches(name, names(), n=1, cutoff=0)
     here = f"nearest is {near[0]!r}" if near else "there are none"
+    lacks = (f"{name!r} is here in part only ({part})" if part else
+             f"{name!r} is no folder and not in the local hub {root()} ({here})")
     if _offline():
-        raise ConfigError(f"{name!r} is no folder and not in the local hub {root()} ({here}); HF_HUB_OFFLINE is set")
+        raise ConfigError(f"{lacks}; HF_HUB_OFFLINE is set")
     try:
-        return Path(library().snapshot_download(repo, revision=revision, cache_dir=root(), allow_patterns=WANTED))
+        return Path(library().snapshot_download(repo, revision=revision, cache_dir=root(), allow_patterns=WANTED,
+                                                ignore_patterns=UNWANTED))
     except ConfigError:
         raise
     except Exception as error:  # the library's errors, and those of the network under it
-        raise ConfigError(f"{name!r} is no folder and not in the local hub {root()} ({here}), and could not be "
-                          f"fetched: {textwrap.shorten(str(error), 200)}") from error
+        raise ConfigError(f"{lacks}, and could not be fetched: {textwrap.shorten(str(error), 200)}") from error
 
 
 def library():
@@ -160,10 +169,10 @@ def _digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _wanted(file: Path, source: Path) -> bool:
-    """Whether a hub keeps this file of a folder."""
-    hidden = any(part.startswith(".") for part in file.relative_to(source).parts)
-    return file.is_file() and not hidden and any(fnmatch(file.name, pattern) for pattern in WANTED)
+def _wanted(file: Path) -> bool:
+    """Whether a hub keeps this file of a folder, of which none below another are kept."""
+    matches = lambda patterns: any(fnmatch(file.name, pattern) for pattern in patterns)
+    return file.is_file() and not file.name.startswith(".") and matches(WANTED) and not matches(UNWANTED)
 
 
 def _put(source: Path, blob: Path):
