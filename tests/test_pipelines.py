@@ -15,6 +15,7 @@ from lm_jax import pipelines
 from lm_jax.config import ConfigError
 from lm_jax.hub import store
 from lm_jax.pipelines.reader import fitting
+from lm_jax.pipelines.wish import Wish
 
 EXPECTED = json.loads(tasks.OUTPUTS.read_text())
 
@@ -148,7 +149,7 @@ def test_a_folder_says_how_its_model_writes(made, tmp_path):
     said = []
     write = lm_jax.pipeline("summarization", model=folder, say=said.append)
     assert write(TWO[0]) == write(TWO[0], max_new_tokens=5, num_beams=2)
-    told = pipelines.writing.Wish(max_length=3).told({"max_new_tokens": 9, "top_k": 7})
+    told = Wish(max_length=3).told(Wish(max_new_tokens=9, top_k=7))
     assert told["max_length"] == 3 and told["top_k"] == 7 and "max_new_tokens" not in told
     assert [line for line in said if "asks" in line] == [f"{folder} asks for typical_p=0.9: not followed"]
     del said[:]

@@ -16,6 +16,7 @@ from lm_jax.config import TransformerConfig
 from lm_jax.errors import ConfigError
 from lm_jax.pipelines import answers, labels, reader, tags, words, writing
 from lm_jax.pipelines.reader import whole
+from lm_jax.pipelines.wish import Wish
 
 
 def pipeline(task: str, model, *, say=print, **knobs) -> "Pipeline":
@@ -99,7 +100,7 @@ def _check(task: str, run: Callable, knobs: dict):
     """Refuse a knob that a task has not."""
     known = [*list(inspect.signature(run).parameters)[1:], "batch_size"]
     if "wish" in known:
-        known = [*(name for name in known if name != "wish"), *(each.name for each in fields(writing.Wish))]
+        known = [*(name for name in known if name != "wish"), *(each.name for each in fields(Wish))]
     for name in knobs.keys() - {*known}:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         raise ConfigError(f"{task} has no knob {name!r}: nearest is {near!r}, of {', '.join(known)}")

@@ -1,8 +1,7 @@
 """Texts that a model writes: what goes on from a prompt, or what becomes of a text."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +13,12 @@ from lm_jax.inference import beam, text
 from lm_jax.inference import load as speakers
 from lm_jax.inference.load import Speaker
 from lm_jax.inference.sample import Sampler
-from lm_jax.pipelines.reader import ROWS, UNLIMITED, several, whole
+from lm_jax.pipelines.reader import ROWS, UNLIMITED, several
+from lm_jax.pipelines.wish import AGAIN, DRAWS, Wish, of_folder, strings
 
 LENGTH = 256  # new tokens, where nobody says how many
 BEAMS = 4  # side by side in a search for what becomes of a text, where nobody says; as in transformers
-LENGTHS = ("max_new_tokens", "max_length")  # who says one of them says what the other should be
-AGAIN = ("repetition_penalty", "no_repeat_ngram_size")
-DRAWS = ("temperature", "top_k", "top_p", "min_p")
-LEAST = dict(max_new_tokens=1, max_length=1, min_new_tokens=0, min_length=0, top_k=0, num_beams=1,
-             num_return_sequences=1, no_repeat_ngram_size=0)
-NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty", "seed")
 KEYS = {"summarization": "summary_text", "translation": "translation_text"}
-IGNORED = {"typical_p": 1.0, "num_beam_groups": 1, "diversity_penalty": 0.0,
-           "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None,
-           "forced_eos_token_id": None, "encoder_no_repeat_ngram_size": 0}  # what asks for nothing, by name
 
 
 @dataclass(frozen=True)
@@ -36,7 +27,8 @@ class Author:
 
     speaker: Speaker
     task: str
-    folder: dict  # what generation_config.json, and config.json for this task, say
+    folder: Wish  # what generation_config.json, and config.json for this task, say
+    prefix: str  # and what they put before each text
     limit: int | None  # tokens of a source that it was made for
     say: Callable
     rows: int = ROWS  # prompts of a batch at most
@@ -46,67 +38,13 @@ class Author:
         return self.speaker.model
 
 
-@dataclass(frozen=True)
-class Wish:
-    """How to write, in the words of transformers. None is what the model's folder says; where it says nothing, up to
-    256 tokens: from a prompt the likeliest each time, of a text by a search with 4 beams. With `do_sample` prompt i
-    draws by the seed + i.
-
-    Other than in transformers: a stop string is no part of the text, all tokens may be drawn where nobody says top_k
-    (there 50), and a search without `early_stopping` goes on until nothing better can come ("never")."""
-
-    max_new_tokens: int | None = None
-    max_length: int | None = None  # of a decoder counts the prompt, the longest of a batch
-    min_new_tokens: int | None = None  # before so many nothing ends
-    min_length: int | None = None  # the same, counting as max_length does
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    no_repeat_ngram_size: int | None = None  # so many tokens in a row never come a second time
-    num_beams: int | None = None
-    length_penalty: float | None = None
-    early_stopping: bool | str | None = None  # True: a search ends when num_beams texts have ended
-    num_return_sequences: int | None = None
-    stop_strings: str | Sequence[str] = ()  # what is written ends before any of them
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, least in LEAST.items():
-            if getattr(self, name) is not None:
-                whole(least=least, **{name: getattr(self, name)})
-        for name in NUMBERS:
-            number = getattr(self, name)
-            if number is not None and (isinstance(number, bool) or not isinstance(number, Real)):
-                raise ConfigError(f"{name}={number!r}: pass a number")
-        if self.early_stopping not in (None, True, False, "never"):
-            raise ConfigError(f"early_stopping={self.early_stopping!r}: pass True, False or 'never'")
-        if wrong := [one for one in _words(self.stop_strings) if not isinstance(one, str)]:
-            raise ConfigError(f"stop_strings has {wrong[0]!r}: pass a string, or a list of them")
-
-    def told(self, folder: dict) -> dict:
-        """The names that say something, here or in the model's folder."""
-        here, there = ({name: value for name, value in each.items() if value is not None and name in vars(self)}
-                       for each in (vars(self), folder))
-        if not here.keys().isdisjoint(LENGTHS):
-            there = {name: value for name, value in there.items() if name not in LENGTHS}
-        return there | here
-
-
 def load(path, *, task: str, say=print) -> Author:
-    """The model of a folder, of a run, or of a name in the local hub, for a task. What its folder asks for in vain is
-    said."""
+    """The model of a folder, of a run, or of a name in the local hub, for a task."""
     speaker = speakers.load(hub.path(path), say=say)
+    wish, prefix = of_folder(speaker.model, task=task, say=say)
     origin = getattr(speaker.model, "origin", None)
-    config, generation, texts = (origin and read_json(Path(origin) / name) or {} for name in (
-        "config.json", "generation_config.json", "tokenizer_config.json"))
-    folder = generation | (config.get("task_specific_params") or {}).get(task, {})
-    if missed := [f"{name}={folder[name]}" for name, idle in IGNORED.items() if folder.get(name, idle) != idle]:
-        say(f"{path} asks for {', '.join(missed)}: not followed")
-    limit = texts.get("model_max_length") or UNLIMITED
-    return Author(speaker, task, folder, limit if limit < UNLIMITED else None, say)
+    limit = origin and read_json(Path(origin) / "tokenizer_config.json").get("model_max_length") or UNLIMITED
+    return Author(speaker, task, wish, prefix, limit if limit < UNLIMITED else None, say)
 
 
 def go_on(by: Author, inputs, *, return_full_text: bool = True, **wish):
@@ -120,7 +58,7 @@ def go_on(by: Author, inputs, *, return_full_text: bool = True, **wish):
     several([one for i, one in enumerate(prompts) if i not in talks], "prompt")
     template, told = by.speaker.template, _told(by, Wish(**wish), beams=1)
     ids = [template.ids(one) if i in talks else one for i, one in enumerate(prompts)]
-    told["stop_strings"] = (*_words(told["stop_strings"]), *(template.stops if talks else ()))
+    told["stop_strings"] = (*strings(told.get("stop_strings")), *(template.stops if talks else ()))
     found = [[{"generated_text": _joined(prompt, new) if return_full_text else new} for new in texts]
              for prompt, texts in zip(prompts, _written(by, ids, told))]
     return found[0] if single else found
@@ -133,7 +71,7 @@ def rewrite(by: Author, inputs, *, prefix: str | None = None, truncation: bool =
     made for is read whole, or with `truncation` its beginning; both are said. `wish` is a `Wish`.
     """
     texts, single = several(inputs)
-    prefix = by.folder.get("prefix", "") if prefix is None else prefix
+    prefix = by.prefix if prefix is None else prefix
     if by.task == "translation" and not prefix:
         by.say("translation: between which languages? The task translation_en_to_de says it, or prefix=..")
     rows = _sources(by, [prefix + one for one in texts], truncation=truncation)
@@ -175,7 +113,7 @@ def _written(by: Author, prompts: list, told: dict) -> list[list[str]]:
     elif lasting and beams == 1:  # the likeliest each time is a search by one beam that ends with it
         told = told | {"early_stopping": True}
     searched = beams > 1 or lasting and not (drawn or punished)
-    stop, found = _words(told["stop_strings"]), []
+    stop, found = strings(told.get("stop_strings")), []
     for at in range(0, len(prompts), by.rows):
         some = prompts[at:at + by.rows]
         length = _length(by, some, told)
@@ -237,10 +175,6 @@ def _sources(by: Author, texts, *, truncation: bool) -> list:
 
 def _conversation(prompt) -> bool:
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
-
-
-def _words(stop) -> tuple:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 def _joined(prompt, new: str):
