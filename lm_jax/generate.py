@@ -28,8 +28,10 @@ DRAWN = tuple(field.name for field in dataclasses.fields(Sampler))
 SEARCHED = ("no_repeat_ngram_size",)  # of these, what a search knows too
 ALONE = {  # what such a flag leaves without a use
     "chat": (("prompt", "prompts", "json", "beams", "draft"), "a conversation is read and answered a line at a time"),
-    "beams": ((*(name for name in DRAWN if name not in SEARCHED), "draft"), "a search for the likeliest draws nothing"),
+    "beams": ((*(name for name in DRAWN if name not in SEARCHED), "seed", "draft"),
+              "a search for the likeliest draws nothing"),
 }
+NEEDS = {"system": "chat", "length_penalty": "beams", "ahead": "draft"}  # a flag, and the one without which it is idle
 
 
 def main(argv):
@@ -75,10 +77,13 @@ def parse(argv) -> argparse.Namespace:
     add("--ahead", type=int, default=4, help="tokens of a draft")
     add("--json", action="store_true", help="a line of JSON an answer: text, ids, logprobs, how it ended")
     args = parser.parse_args(argv[1:])
+    given = [name for name in vars(args) if getattr(args, name) != parser.get_default(name)]
     for flag, (idle, why) in ALONE.items():
-        given = [name for name in idle if getattr(args, name) != parser.get_default(name)]
-        if getattr(args, flag) and given:
-            raise ConfigError(f"--{given[0]} with --{flag}: {why}; leave one of them out")
+        if flag in given and (useless := [name for name in idle if name in given]):
+            raise ConfigError(f"--{useless[0]} with --{flag}: {why}; leave one of them out")
+    for name, flag in NEEDS.items():
+        if name in given and flag not in given:
+            raise ConfigError(f"--{name} without --{flag}: it would do nothing; pass --{flag} too, or leave it out")
     return args
 
 

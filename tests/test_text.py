@@ -112,13 +112,22 @@ def test_a_prompt_that_cannot_be_is_named(speaker):
 
 @pytest.mark.parametrize("flags, said", [
     ("--beams=2 --top_p=0.5", "--top_p with --beams: a search"), ("--beams=2 --draft=x", "--draft with --beams"),
-    ("--beams=2 --logit_bias=1:2", "--logit_bias with --beams"), ("--chat --beams=2", "--beams with --chat: a conv"),
+    ("--beams=2 --seed=1", "--seed with --beams"), ("--beams=2 --logit_bias=1:2", "--logit_bias with --beams"),
+    ("--chat --beams=2", "--beams with --chat: a conv"),
     ("--chat --draft=x", "--draft with --chat"), ("--chat --json", "--json with --chat"),
     ("--chat --prompt=x", "--prompt with --chat"), ("--chat --prompts=x", "--prompts with --chat")])
 def test_a_flag_without_a_use_is_refused(flags, said):
     with pytest.raises(ConfigError, match=said):
         program.parse(["generate", "--model=m", *flags.split()])
     assert program.parse(["generate", "--model=m", flags.split()[0]]).model == "m"
+
+
+@pytest.mark.parametrize("flag, needed", [("--system=hello", "--chat"), ("--length_penalty=0.5", "--beams=2"),
+                                          ("--ahead=3", "--draft=x")])
+def test_a_flag_that_waits_for_another_is_refused_alone(flag, needed):
+    with pytest.raises(ConfigError, match=f"{flag.split('=')[0]} without {needed.split('=')[0]}: it would do nothing"):
+        program.parse(["generate", "--model=m", flag])
+    assert program.parse(["generate", "--model=m", flag, needed]).model == "m"
 
 
 def test_standard_output_of_json_holds_nothing_else(speaker, monkeypatch, capsys):
