@@ -109,7 +109,7 @@ def answered(speaker: Speaker, prompts: list[str], sampler: Sampler, args, tell)
     """The answers, drawn side by side, searched for, or drafted."""
     if not (args.beams or args.draft):
         return text.answers(speaker, prompts, sampler, **knobs(args), say=tell)
-    batch = text.prompted(speaker, prompts, say=tell)
+    batch = text.prompted(speaker, prompts, length=args.length, say=tell)
     asked = dict(length=args.length, stop=speaker.stops, vocab=speaker.vocab)
     if args.beams:
         found = beam.search(speaker.model, batch, beams=args.beams, length_penalty=args.length_penalty,

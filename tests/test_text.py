@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import speakers
 
 from lm_jax import generate as program
 from lm_jax import parallel
-from lm_jax.config import ConfigError
+from lm_jax.config import ConfigError, RopeConfig
 from lm_jax.inference import text
 from lm_jax.inference.load import load
 from lm_jax.inference.sample import Sampler
@@ -89,11 +90,24 @@ def test_an_answer_ends_before_a_stop_string(speaker):
 
 def test_a_prompt_beyond_what_a_rotary_model_was_made_for_is_said(speaker):
     said, longest = [], speaker.model.cfg.max_length
-    text.prompted(speaker, [[1] * longest], say=said.append)
+    text.prompted(speaker, [[1] * (longest - 4)], length=5, say=said.append)
     assert not said
-    text.prompted(speaker, ["x", [1] * (longest + 1)], say=said.append)
-    assert said == [f"1 of 2 prompts, such as number 1 of {longest + 1} tokens, pass model.max_length="
-                    f"{longest}: read whole, and beyond what a model was trained on it may write badly"]
+    text.prompted(speaker, ["x", [1] * (longest - 4)], length=6, say=said.append)
+    assert said == [f"1 of 2 prompts, such as number 1 of {longest - 4} tokens with up to 6 new ones, pass the "
+                    f"{longest} that this model was made for: it goes on, and may write badly there"]
+
+
+@pytest.mark.parametrize("rope, most", [
+    (RopeConfig(), 64), (RopeConfig(scaling="yarn", factor=4.0, original=32), 128),
+    (RopeConfig(scaling="llama3", factor=8.0, original=8), 64), (RopeConfig(scaling="dynamic", factor=4.0), 64),
+    (RopeConfig(scaling="linear", factor=8.0), 64)], ids=lambda value: getattr(value, "scaling", value))
+def test_what_a_scaled_rope_was_made_for_is_known(speaker, rope, most):
+    said, cfg = [], dataclasses.replace(speaker.model.cfg, rope=rope, max_length=64)
+    scaled = dataclasses.replace(speaker, model=types.SimpleNamespace(cfg=cfg))
+    for length in (1, 2):
+        assert not said
+        text.prompted(scaled, [[1] * most], length=length, say=said.append)
+    assert f"pass the {most} that this model was made for" in said[0]
 
 
 def test_a_prompt_that_cannot_be_is_named(speaker):
@@ -137,7 +151,7 @@ def test_standard_output_of_json_holds_nothing_else(speaker, monkeypatch, capsys
     assert program.main(["", "--model=large", "--draft=small", "--json", f"--prompt={long}", "--length=2"]) == 0
     out, err = capsys.readouterr()
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == [long]
-    assert "reads large" in err and "reads small" in err and "pass model.max_length" in err
+    assert "reads large" in err and "reads small" in err and "that this model was made for" in err
 
 
 @pytest.mark.parametrize("last, code, said", [

@@ -16,6 +16,7 @@ from lm_jax.errors import ConfigError
 from lm_jax.inference.generate import advance, asked, begin
 from lm_jax.inference.load import Speaker
 from lm_jax.inference.sample import Sampler
+from lm_jax.models.positions import reach
 
 EVERY = 4  # tokens between looks at what was written
 WIDTH = 32  # prompts are padded to a multiple, so that few programs serve all
@@ -48,11 +49,11 @@ def stream(speaker: Speaker, prompts: Sequence, sampler: Sampler | Sequence[Samp
     A prompt is a string, or ids that are taken as they are. `sampler` and `seed` are one a prompt, or one for all, of
     which prompt i takes the seed + i: what a prompt gets depends on its own and not on what shares its batch. An
     answer ends at one of the model's own stop tokens, before a string of `stop`, or after `length` tokens. `say` is
-    told of prompts that are longer than what the model was made for.
+    told of prompts that may pass what the model was made for.
     """
     if not len(prompts):
         return
-    batch = prompted(speaker, prompts, say=say)
+    batch = prompted(speaker, prompts, length=length, say=say)
     rules, stops_A = asked(speaker.model, batch, sampler, length=length, stop=speaker.stops, vocab=speaker.vocab)
     keys_B = seeded(seed, len(prompts))
     batch, knobs = hosts.put_batch(batch), dict(vocab=speaker.vocab)
@@ -118,17 +119,18 @@ class Writer:
         return end - max(halves, default=0)
 
 
-def prompted(speaker: Speaker, prompts: Sequence, *, say=print) -> Batch:
-    """The batch of some prompts, texts or ids, padded. One that is longer than what the model was made for is said."""
+def prompted(speaker: Speaker, prompts: Sequence, *, length: int, say=print) -> Batch:
+    """The batch of some prompts, texts or ids, padded. One that with `length` new tokens passes what a rotary model was
+    made for is said; learned positions refuse it, see `asked`."""
     cfg, rows = speaker.model.cfg, [_ids(speaker, one) for one in prompts]
     for text, ids in zip(prompts, rows):
         if not len(text) or not len(ids):
             begun = f"; ids {[*speaker.before]} in its place go on from nothing" if speaker.before else ""
             raise ConfigError(f"prompt {text!r} is empty: write a word{begun}")
-    unbound = cfg.positions == "rope" and cfg.rope.scaling == "none"  # learned positions are refused, see `asked`
-    if unbound and (long := [i for i, ids in enumerate(rows) if len(ids) > cfg.max_length]):
-        say(f"{len(long)} of {len(rows)} prompts, such as number {long[0]} of {len(rows[long[0]])} tokens, pass "
-            f"model.max_length={cfg.max_length}: read whole, and beyond what a model was trained on it may write badly")
+    most, new = reach(cfg), 0 if cfg.encoder_depth else length - 1  # nobody reads the last token
+    if cfg.positions == "rope" and (long := [i for i, ids in enumerate(rows) if len(ids) + new > most]):
+        say(f"{len(long)} of {len(rows)} prompts, such as number {long[0]} of {len(rows[long[0]])} tokens with up to "
+            f"{length} new ones, pass the {most} that this model was made for: it goes on, and may write badly there")
     batch = hub.batch(cfg, rows, width=WIDTH)
     if cfg.encoder_depth:
         return hub.batch(cfg, [[speaker.start]] * len(rows)) | {"source": batch}

@@ -61,6 +61,12 @@ def trained_length(cfg: TransformerConfig) -> int:
     return cfg.rope.original or cfg.max_length
 
 
+def reach(cfg: TransformerConfig) -> int:
+    """The length that rotary positions are made for: the one trained on, or what their scaling stretches it to."""
+    stretches = cfg.rope.scaling not in ("none", "dynamic")  # the second as far as it must, and no factor says how far
+    return max(cfg.max_length, int(cfg.rope.original * cfg.rope.factor) if stretches else 0)
+
+
 def _dynamic(exponent, cfg, positions_BT):
     """NTK with the factor that each row's length needs; none up to the length trained on."""
     size, factor = 2 * len(exponent), cfg.rope.factor

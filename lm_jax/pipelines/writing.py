@@ -131,7 +131,7 @@ def _written(by: Author, prompts: list, told: dict) -> list[list[str]]:
 
 def _searched(by: Speaker, prompts, told: dict, *, count: int, length: int, stop, say):
     """The `count` best texts that a search with beams finds."""
-    batch = text.prompted(by, prompts, say=say)
+    batch = text.prompted(by, prompts, length=length, say=say)
     least = told.get("min_new_tokens", max(0, told.get("min_length", 0) - _begun(by, prompts)))
     found = beam.search(by.model, batch, beams=told["num_beams"], length=length, stop=by.stops,
                         length_penalty=told.get("length_penalty", 1.0), vocab=by.vocab, least=least,
