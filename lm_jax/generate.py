@@ -23,6 +23,7 @@ from lm_jax.errors import ConfigError
 from lm_jax.inference import beam, speculative, text
 from lm_jax.inference.load import Speaker, load
 from lm_jax.inference.sample import Sampler
+from lm_jax.pipelines.wish import Wish, draws, of_folder
 
 DRAWN = tuple(field.name for field in dataclasses.fields(Sampler))
 SEARCHED = ("no_repeat_ngram_size",)  # of these, what a search knows too
@@ -36,12 +37,14 @@ NEEDS = {"system": "chat", "length_penalty": "beams", "ahead": "draft"}  # a fla
 
 def main(argv):
     args = parse(argv)
-    sampler = Sampler(**{name: getattr(args, name) for name in DRAWN})
+    given = {name: getattr(args, name) for name in DRAWN if getattr(args, name) is not None}
+    Sampler(**given)  # what is wrong with it is said before a model is read
     prompts = [] if args.chat else read(args)
     parallel.use(MeshConfig(fsdp=1, model=-1))
     tell = functools.partial(print, file=sys.stderr)
     speaker = load(args.model, say=tell)
     tell(f"{speaker.said}: {jax.device_count()} {jax.devices()[0].device_kind}")
+    sampler = drawing(speaker, given, args, tell)
     if args.chat:
         return chat(speaker, sampler, args, tell)
     if len(prompts) == 1 and not (args.json or args.beams or args.draft):
@@ -69,8 +72,8 @@ def parse(argv) -> argparse.Namespace:
     add("--stop", action="append", default=[], metavar="TEXT", help="an answer ends before it; may be given again")
     add("--seed", type=int, default=0, help="prompt i draws by the seed + i")
     for field in dataclasses.fields(Sampler)[:-1]:
-        add(f"--{field.name}", type=field.type, default=field.default, help=f"default {field.default}")
-    add("--logit_bias", type=bias, default=(), metavar="ID:NUMBER,..", help="added to the logits of these ids")
+        add(f"--{field.name}", type=field.type, help=f"default: what the model's folder says, or {field.default}")
+    add("--logit_bias", type=bias, metavar="ID:NUMBER,..", help="added to the logits of these ids")
     add("--beams", type=int, default=0, help="search for the likeliest answer, so many side by side")
     add("--length_penalty", type=float, default=1.0, help="with --beams: above 0 favours long answers")
     add("--draft", metavar="FOLDER", help="a smaller model of the same tokenizer that drafts for this one")
@@ -101,6 +104,16 @@ def read(args) -> list[str]:
     return prompts
 
 
+def drawing(speaker: Speaker, given: dict, args, tell) -> Sampler:
+    """How to draw: what flags say and, where they do not, the model's folder."""
+    folder, _ = of_folder(speaker.model, task="text-generation", say=tell)
+    known = SEARCHED if args.beams else DRAWN
+    taken = {name: value for name, value in draws(Wish().told(folder)).items() if name in known and name not in given}
+    if taken:
+        tell(f"as {args.model} says: {' '.join(f'--{name}={value}' for name, value in taken.items())}")
+    return Sampler(**taken | given)
+
+
 def knobs(args) -> dict:
     return dict(length=args.length, seed=args.seed, stop=args.stop)
 
@@ -113,7 +126,7 @@ def answered(speaker: Speaker, prompts: list[str], sampler: Sampler, args, tell)
     asked = dict(length=args.length, stop=speaker.stops, vocab=speaker.vocab)
     if args.beams:
         found = beam.search(speaker.model, batch, beams=args.beams, length_penalty=args.length_penalty,
-                            no_repeat_ngram_size=args.no_repeat_ngram_size, **asked)
+                            no_repeat_ngram_size=sampler.no_repeat_ngram_size, **asked)
         made = (a_BW[:, 0] for a_BW in found[:3])
     else:
         draft = load(args.draft, say=tell)

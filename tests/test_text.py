@@ -154,6 +154,28 @@ def test_standard_output_of_json_holds_nothing_else(speaker, monkeypatch, capsys
     assert "reads large" in err and "reads small" in err and "that this model was made for" in err
 
 
+def test_where_flags_are_silent_the_folder_says_how_to_draw(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "use", lambda mesh: None)
+    place = speakers.published(tmp_path / "folder")
+    told = {"eos_token_id": [257], "temperature": 0.5, "top_k": 9, "no_repeat_ngram_size": 2}
+
+    def shown(do_sample, *flags):
+        (place / "generation_config.json").write_text(json.dumps(told | {"do_sample": do_sample}))
+        assert program.main(["", f"--model={place}", "--prompt=x", "--json", "--length=8", *flags]) == 0
+        found = capsys.readouterr()
+        return json.loads(found.out)["ids"], [line for line in found.err.splitlines() if " says: " in line]
+
+    own = load(place)
+    for do_sample, flags, sampler, said in (
+            (True, [], Sampler(0.5, top_k=9, no_repeat_ngram_size=2),
+             "--temperature=0.5 --top_k=9 --no_repeat_ngram_size=2"),
+            (True, ["--top_k=0", "--no_repeat_ngram_size=0"], Sampler(0.5), "--temperature=0.5"),
+            (False, [], Sampler(no_repeat_ngram_size=2), "--no_repeat_ngram_size=2")):
+        ids, lines = shown(do_sample, *flags)
+        assert ids == text.answers(own, ["x"], sampler, length=8)[0].ids and lines == [f"as {place} says: {said}"]
+    assert shown(True, "--beams=2")[1] == [f"as {place} says: --no_repeat_ngram_size=2"]
+
+
 @pytest.mark.parametrize("last, code, said", [
     ("[print(i, flush=True) for i in range(10**6)]", 141, ""), ("print(sys.stdin.readline())", 141, ""),
     ("os.write(os.pipe()[1], bytes(1)); raise BrokenPipeError('another pipe')", 1, "another pipe"),

@@ -93,6 +93,12 @@ def of_folder(model, *, task: str, say=print) -> tuple[Wish, str]:
     return asked, folder.get("prefix") or ""
 
 
+def draws(told: dict) -> dict:
+    """What is a `Sampler`'s of what is told: how to draw, where drawing is told, and what not to repeat."""
+    names = (*(DRAWS if told.get("do_sample") else ()), *AGAIN)
+    return {name: told[name] for name in names if name in told}
+
+
 def strings(stop) -> tuple:
     """The strings of one, of several, or of none."""
     return (stop,) if isinstance(stop, str) else tuple(stop or ())

@@ -14,7 +14,7 @@ from lm_jax.inference import load as speakers
 from lm_jax.inference.load import Speaker
 from lm_jax.inference.sample import Sampler
 from lm_jax.pipelines.reader import ROWS, UNLIMITED, several
-from lm_jax.pipelines.wish import AGAIN, DRAWS, Wish, of_folder, strings
+from lm_jax.pipelines.wish import Wish, draws, of_folder, strings
 
 LENGTH = 256  # new tokens, where nobody says how many
 BEAMS = 4  # side by side in a search for what becomes of a text, where nobody says; as in transformers
@@ -120,8 +120,7 @@ def _written(by: Author, prompts: list, told: dict) -> list[list[str]]:
         if searched:
             found += _searched(by.speaker, some, told, count=count, length=length, stop=stop, say=by.say)
             continue
-        used = {name: told[name] for name in DRAWS if name in told} if drawn else {"temperature": 0.0}
-        sampler = Sampler(**used | {name: told[name] for name in AGAIN if name in told})
+        sampler = Sampler(**({} if drawn else {"temperature": 0.0}) | draws(told))
         every = [one for one in some for _ in range(count)]
         seeds = [told["seed"] + at * count + i for i in range(len(every))]
         written = text.answers(by.speaker, every, sampler, length=length, seed=seeds, stop=stop, say=by.say)
