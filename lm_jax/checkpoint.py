@@ -72,23 +72,20 @@ class Checkpoints:
             raise ValueError(f"{self.folder} was opened for reading: pass keep= to save")
         self._join()
         self.poll()
-        self._newest = self._told("newest", self._newest)  # a save may have failed on process 0 alone
-        if step == self._newest:
+        part = self.folder / f"saving-{step}"
+        self._newest, problem = self._told("save", self._begun(step, part))  # what fails there fails on all processes
+        if problem:
+            self._fail(step, part, OSError(problem))
+        if problem or step == self._newest:
             return False
         leaves = fingerprint.named(tree)
         body = {"step": step, "extra": json.loads(json.dumps(extra)), "leaves": _signature(leaves),
                 "fingerprints": fingerprint.of(leaves)}
-        part = self.folder / f"saving-{step}"
         try:
-            if jax.process_index() == 0:
-                self._sweep()
-                part.mkdir(parents=True)
             checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-            faults.reach("save/begin")
             checkpointer.save(part / "arrays", args=ocp.args.PyTreeSave(fingerprint.nested(leaves)))
         except Exception as e:
             self._fail(step, part, e)
-            self.poll()
             return False
         self._began = time.monotonic()
         self._thread = threading.Thread(name="checkpoint", target=self._finish,
@@ -114,13 +111,16 @@ class Checkpoints:
             for leaf in jax.tree.leaves(like) if donate else ():
                 leaf.delete()
             restored = self._read(step, leaves, partial=partial)
-            found = fingerprint.of(restored)
-            if not (wrong := [name for name in found if found[name] != manifest["fingerprints"][name]]):
+            found, saved = fingerprint.of(restored), manifest["fingerprints"]
+            if not (wrong := [name for name in found if found[name] != saved[name]]):
                 self._newest = step
                 tree = jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in leaves])
                 return step, tree, manifest["extra"]
+            reason = f"{wrong[0]} came to the devices with another fingerprint"
+            if self._keep is None:
+                raise NoCheckpointError(f"checkpoint {step} of {self.folder} cannot be read: {reason}")
             if jax.process_index() == 0:
-                self._quarantine(self.folder / str(step), f"{wrong[0]} came to the devices with another fingerprint")
+                self._quarantine(self.folder / str(step), reason)
         return None
 
     def forget(self, step: int):
@@ -131,32 +131,40 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a manifest, oldest first, as the disk has them now."""
-        return [int(path.name) for path in self._numbered() if (path / seal.NAME).is_file()]
+        return [int(path.name) for path in self.numbered() if (path / seal.NAME).is_file()]
 
     def poll(self):
         """Say it if a save in the background has failed by now; raise the error where too many in a row have."""
         if self._error:
             if self._failed == FAILURES:
-                self._raise()
+                self.wait()
             self._say(f"warning: {self._error}. Training goes on; {FAILURES} failures in a row end it")
             self._error = None
 
     def wait(self):
         """Return when nothing is being saved; raises the error of the last save."""
         self._join()
-        self._raise()
+        if self._error:
+            error, self._error = self._error, None
+            raise error
 
     close = wait
+
+    def _begun(self, step, part) -> tuple[int | None, str]:
+        """On process 0 make the folder of a new step's save: the newest step, and why there is no folder."""
+        try:
+            if jax.process_index() == 0 and step != self._newest:
+                faults.reach("save/begin")
+                self._sweep()
+                part.mkdir(parents=True)
+            return self._newest, ""
+        except Exception as e:
+            return self._newest, f"{type(e).__name__}: {e}"
 
     def _join(self):
         if self._thread:
             self._thread.join()
             self._thread = None
-
-    def _raise(self):
-        if self._error:
-            error, self._error = self._error, None
-            raise error
 
     def _told(self, name: str, value):
         """What process 0 has, where others may have something else."""
@@ -219,8 +227,8 @@ class Checkpoints:
         return step
 
     def _newest_intact(self, most) -> int | None:
-        damaged = list(self.folder.glob("*.bad*"))
-        for path in reversed([path for path in self._numbered() if int(path.name) <= most]):
+        damaged = [path for path in self.folder.glob("*.bad*") if int(path.name.partition(".")[0]) <= most]
+        for path in reversed([path for path in self.numbered() if int(path.name) <= most]):
             try:
                 seal.verify(path, step=int(path.name))
                 return int(path.name)
@@ -243,9 +251,8 @@ class Checkpoints:
 
     def _sweep(self):
         """Remove what a save or a removal that was killed has left."""
-        for pattern in ("saving-*", "deleting-*"):
-            for path in self.folder.glob(pattern):
-                shutil.rmtree(path)
+        for path in (*self.folder.glob("saving-*"), *self.folder.glob("deleting-*")):
+            shutil.rmtree(path)
 
     def _remove(self, path):
         """Delete a checkpoint, which under its own name is whole until it is gone."""
@@ -253,7 +260,8 @@ class Checkpoints:
         faults.reach("save/collect")
         shutil.rmtree(aside)
 
-    def _numbered(self) -> list[Path]:
+    def numbered(self) -> list[Path]:
+        """Folders that are named as checkpoints are, oldest first."""
         if not self.folder.is_dir():
             return []
         names = (path for path in self.folder.iterdir() if path.is_dir() and re.fullmatch("0|[1-9][0-9]*", path.name))

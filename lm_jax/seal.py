@@ -1,17 +1,25 @@
 """Sealed folders: a manifest of every file's size and SHA-256, written last, tells whether a folder is still whole."""
 
+import contextlib
 import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 from lm_jax import disk
+from lm_jax.errors import Failure
 
 NAME = "MANIFEST.json"
 
 
 class DamagedError(Exception):
     """What is wrong with a sealed folder."""
+
+
+class UnreadableError(Failure):
+    """A disk does not give what it may well have: no damage, as another attempt may show."""
+
+    code = 74
 
 
 def write(folder, body: dict):
@@ -23,15 +31,17 @@ def write(folder, body: dict):
 
 
 def read(folder) -> dict:
-    """The `body` that a folder was sealed with, and "files"; DamagedError if it is not what was written."""
+    """The `body` that a folder was sealed with, and "files"; DamagedError if it is not what was written,
+    UnreadableError where the disk refuses."""
     try:
-        manifest = disk.read_json(folder / NAME)
+        with _reading(folder):
+            manifest = disk.read_json(folder / NAME)
         if manifest is None:
             raise DamagedError(f"it has no {NAME}")
         body, digest = manifest["body"], manifest["sha256"]
         for name in body["files"]:
             disk.inside(folder, name)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise DamagedError(f"{NAME} cannot be read ({type(e).__name__})") from e
     if digest != _digest(body):
         raise DamagedError(f"{NAME} has another SHA-256 than when it was written")
@@ -46,19 +56,29 @@ def verify(folder, **expected):
         if body[key] != value:
             raise DamagedError(f"it was written as {key} {body[key]}")
     files = body["files"]
-    for name, (size, _) in files.items():
-        file = folder / name
-        if not file.is_file() or file.is_symlink():
-            raise DamagedError(f"{name} is {'a link' if file.is_symlink() else 'missing'}")
-        if file.stat().st_size != size:
-            raise DamagedError(f"{name} has {file.stat().st_size} bytes of {size}")
-    try:
+    with _reading(folder):
+        for name, (size, _) in files.items():
+            file = folder / name
+            if not file.is_file() or file.is_symlink():
+                raise DamagedError(f"{name} is {'a link' if file.is_symlink() else 'missing'}")
+            if file.stat().st_size != size:
+                raise DamagedError(f"{name} has {file.stat().st_size} bytes of {size}")
         found = _digests(folder)
-    except OSError as e:
-        raise DamagedError(f"it cannot be read: {e}") from e
     for name, expected in files.items():
         if found.get(name) != expected:
             raise DamagedError(f"{name} has another SHA-256 than when it was written")
+
+
+@contextlib.contextmanager
+def _reading(folder):
+    """What is not there, or no file, is damage; a disk that fails or refuses is not."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
+        raise DamagedError(f"{e.filename} is {'missing' if isinstance(e, FileNotFoundError) else 'no file'}") from e
+    except OSError as e:
+        raise UnreadableError(f"{folder} cannot be read: {e}. Nothing was changed: run the same command again when the "
+                              "disk can be") from e
 
 
 def _digest(body) -> str:

@@ -115,6 +115,7 @@ class Trainer:
         step, tree, extra = found or (0, None, {"seconds": 0.0})
         if tree:
             self._same_data(extra["data"], self.workdir.path)
+            self._same_config(extra["config"])
         gone = self._cut(step)
         if tree:
             self._take(tree, extra)
@@ -155,6 +156,13 @@ class Trainer:
             raise ConfigError(f"--start={start}: data.weights has stages, which are shares of a run's length: another "
                               "length is another run from its first step")
         return optim.common(c.optim, c.train.steps, theirs.optim, theirs.train.steps)
+
+    def _same_config(self, saved: dict):
+        """A folder may have lost its config.json; its checkpoints know."""
+        lines = [line for line in difference(saved, to_dict(self.config)) if not line.startswith(FREE)]
+        if lines:
+            raise ConfigError(f"{self.workdir.path} has checkpoints of a run with another config: pass another "
+                              "--workdir, or the config that they were saved with\n  " + "\n  ".join(lines))
 
     def _same_data(self, data: str, folder):
         if data != self.recipe.data:
@@ -216,9 +224,7 @@ class Trainer:
             while status == "back":
                 with self.recipe.batches(self.done + self.skipped) as batches:
                     status = self._train(batches, profile)
-            if status == "diverged":
-                self.checkpoints.close()
-            else:
+            if status != "diverged":
                 self.finish()
         return status
 

@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, on any mesh, or are refused with a reason; a run never loses the one before."""
 
+import errno
 import os
 import re
 import resource
@@ -17,9 +18,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm_jax import checkpoint, optim, seal
+from lm_jax import checkpoint, disk, optim, seal
 from lm_jax.checkpoint import CheckpointError, Checkpoints
 from lm_jax.config import ConfigError, OptimConfig
+from lm_jax.errors import Failure
 from lm_jax.models.layers import Kind
 
 KINDS = {"w": Kind("DF", "D", "matrix"), "b": Kind("F", "", "vector")}
@@ -218,6 +220,36 @@ def test_what_comes_to_the_devices_otherwise_than_it_was_saved_is_set_aside(save
     del body["files"]
     seal.write(folder / "6", body)
     _falls_back(folder, "model/w came to the devices with another fingerprint")
+
+
+def test_who_only_reads_is_told_of_what_comes_otherwise(saved, tmp_path):
+    folder = _copy(saved, tmp_path)
+    body = seal.read(folder / "6")
+    body["fingerprints"]["model/w"] = "0123456789abcdef"
+    del body["files"]
+    seal.write(folder / "6", body)
+    with pytest.raises(CheckpointError, match="checkpoint 6 of .* cannot be read: model/w came"):
+        Checkpoints(folder).restore(_tree(0))
+    assert sorted(os.listdir(folder)) == ["3", "6"]
+
+
+def test_a_later_one_that_is_damaged_says_nothing_of_those_before(saved, tmp_path):
+    folder = _copy(saved, tmp_path)
+    (folder / "6").rename(folder / "6.bad")
+    assert Checkpoints(folder).restore(_tree(0), most=2) is None
+    assert Checkpoints(folder).restore(_tree(0), most=5)[0] == 3
+
+
+def test_a_disk_that_refuses_is_no_damage(saved, tmp_path, monkeypatch):
+    folder = _copy(saved, tmp_path)
+
+    def refuse(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(disk, "sha256", refuse)
+    with pytest.raises(Failure, match="Input/output error.*Nothing was changed") as told:
+        Checkpoints(folder, keep=2).restore(_tree(0))
+    assert told.value.code == 74 and sorted(os.listdir(folder)) == ["3", "6"]
 
 
 def test_what_comes_after_a_step_can_be_forgotten(saved, tmp_path):

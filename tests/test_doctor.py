@@ -8,6 +8,7 @@ from test_trainer import run
 
 from lm_jax import train
 from lm_jax.errors import ConfigError
+from lm_jax.lease import HOST
 from lm_jax.workdir import Workdir
 
 
@@ -55,12 +56,31 @@ def test_a_folder_in_use_and_one_that_is_none_are_told(trained, tmp_path, capsys
         assert code == 2 and "in use by process" in text
     finally:
         holder.close()
+    (trained / "lease").write_text(json.dumps({"host": HOST, "name": "here", "process": 1, "beats": 3}))  # killed
+    code, text = said(trained, capsys)
+    assert code == 0 and "a restart goes on" in text
+    (trained / "lease").write_text(json.dumps({"host": "other", "name": "there", "process": 1, "beats": 3}))
+    code, text = said(trained, capsys)
+    assert code == 2 and "process 1 on there, if it still lives" in text
+    (trained / "lease").unlink()
     with pytest.raises(ConfigError, match="there is no such folder"):
         said(tmp_path / "none", capsys)
     with pytest.raises(ConfigError, match="config.json is missing"):
         said(tmp_path, capsys)
     with pytest.raises(ConfigError, match="stands alone"):
         train.main(["train", "--doctor=x", "--config=configs/tiny.py"])
+
+
+def test_a_diverged_run_and_a_folder_without_a_manifest_are_told(tmp_path, capsys):
+    run(tmp_path, steps=40, bad=range(9, 10_000), train={"rollbacks": 0})
+    Workdir(tmp_path).write_json("summary.json", {"status": "diverged"})
+    code, text = said(tmp_path, capsys)
+    assert code == 78 and "train.rollbacks" in text
+    (tmp_path / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    code, text = said(tmp_path, capsys)
+    assert code == 79 and "checkpoint 7: damaged: it has no MANIFEST.json" in text
 
 
 def test_what_a_start_took_is_told_and_damaged_records_are_survived(trained, tmp_path, capsys):

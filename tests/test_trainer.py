@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from lm_jax import config, fingerprint, hosts, losses, optim, parallel, trainer, update
+from lm_jax.checkpoint import CheckpointError
 from lm_jax.config import ConfigError, OptimConfig
 from lm_jax.models import transformer
 from lm_jax.models.layers import kinds
@@ -105,7 +106,6 @@ def run(path, *, stop_at=None, data="d", steps=STEPS, loss=losses.next_token, st
 
     def kill(run):
         if (run.done, len(run.rollbacks)) == die_at:
-            run.checkpoints.wait()
             raise KeyError
         if run.done == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -115,10 +115,8 @@ def run(path, *, stop_at=None, data="d", steps=STEPS, loss=losses.next_token, st
     workdir.open(config.to_dict(c))
     try:
         model = transformer.make(tiny.settings(dropout=0.1), seed=0)
-        it = trainer.Trainer(c, model, recipe, workdir, start=start, say=lambda line: None)
-        status = it.fit()
-        it.log.close()
-        return status, it
+        with trainer.Trainer(c, model, recipe, workdir, start=start, say=lambda line: None) as it:
+            return it.fit(), it
     finally:
         workdir.close()
 
@@ -214,6 +212,26 @@ def test_a_run_that_went_back_too_often_is_diverged_and_stays_so(tmp_path, rollb
     assert status == "diverged" and again.done == it.done and again.rollbacks == it.rollbacks
     status, more = run(tmp_path, steps=40, bad=bad, train={"rollbacks": rollbacks + 1})
     assert status == "diverged" and len(more.rollbacks) == rollbacks + 1, "unless it is told to"
+
+
+def test_the_checkpoint_before_refusals_that_may_become_a_burst_is_kept(tmp_path):
+    bad = (10, 20, 30, 40)  # a burst is over 50 updates, and two newest checkpoints over 4
+    status, it = run(tmp_path, steps=50, bad=bad, order=lambda at: min(at, 49), train={"checkpoint_every": 2})
+    assert status == "ok" and it.rollbacks == [{"from": 41, "to": 10}]
+    assert it.checkpoints.steps() == [48, 50], "and no longer than that"
+
+
+def test_a_folder_that_lost_its_config_still_knows_it(tmp_path):
+    run(tmp_path, stop_at=5)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match="checkpoints of a run with another config.*\n  optim.lr: 0.003 -> 0.001"):
+        run(tmp_path, lr=1e-3)
+
+
+def test_a_last_save_that_fails_is_no_good_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_JAX_FAULTS", "enospc@save/begin=2,enospc@save/begin=3")
+    with pytest.raises(CheckpointError, match="checkpoint 6 was not saved.*No space left"):
+        run(tmp_path)
 
 
 def test_a_burst_before_the_first_checkpoint_is_diverged(tmp_path):

@@ -171,6 +171,8 @@ def struck(box: Box, run: Path, seed: float, by, kills: int = KILLS):
             tried += 1
         ended_with = code(process)
         loss = kept(box, run, before)
+        if ended_with == -signal.SIGTERM and "attention by" in log(run):
+            loss = "it was training, and did not save"
         if ended_with not in (0, -by, 75) or (ended_with == 75 and by == signal.SIGKILL):
             loss = f"code {ended_with}: {said(run)}"
         if hit:

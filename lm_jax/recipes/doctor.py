@@ -8,6 +8,7 @@ from lm_jax import disk, seal
 from lm_jax.checkpoint import Checkpoints
 from lm_jax.config import from_dict
 from lm_jax.errors import ConfigError
+from lm_jax.lease import HOST
 from lm_jax.recipes.pretrain import row_lengths
 
 BEFORE = ("start", "data", "restore", "compile")  # phases before a start trains
@@ -15,7 +16,7 @@ SHARE = 0.001  # of the wall clock, below which a phase is not worth a word
 
 
 def report(folder: Path) -> tuple[list[str], int]:
-    """Lines for people, and the exit code that a restart would meet at once: 0 it trains or is done, 2, 79.
+    """Lines for people, and the exit code that a restart would end with: 0 it trains or is done, 2, 78, 79.
 
     ConfigError where there is no run.
     """
@@ -38,6 +39,9 @@ def report(folder: Path) -> tuple[list[str], int]:
     if isinstance(summary, dict) and summary.get("status") == "ok":
         return [*lines, f"done: validation loss {summary['val_loss']:.4f}; a restart evaluates again and changes "
                         "nothing else"], 0
+    if isinstance(summary, dict) and summary.get("status") == "diverged":
+        return [*lines, "it diverged, and a restart would again (code 78): begin another run with a lower learning "
+                        "rate, or go on with more of train.rollbacks"], 78
     if not whole:
         return [*lines, "a restart begins at the first step: there is no checkpoint"], 0
     gone = max(0, _last(folder) - whole[-1])
@@ -79,9 +83,10 @@ def _checkpoints(folder: Path) -> tuple[list[int], int, list[str]]:
     """Steps of those that are whole, how many are not, and a line of each."""
     found = Checkpoints(folder / "checkpoints")
     whole, lines = [], []
-    for step in found.steps():
+    for path in found.numbered():
+        step = int(path.name)
         try:
-            seal.verify(found.folder / str(step), step=step)
+            seal.verify(path, step=step)
             whole.append(step)
             lines.append(f"checkpoint {step:,}: whole, every file's SHA-256 is that of its manifest")
         except seal.DamagedError as error:
@@ -100,7 +105,8 @@ def _holder(folder: Path) -> str:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return " ".join(file.read().split())
-    return f"process {lease['process']} on {lease['name']}, if it still lives" if isinstance(lease, dict) else ""
+    elsewhere = isinstance(lease, dict) and lease.get("host") != HOST  # here it would have the lock too
+    return f"process {lease['process']} on {lease['name']}, if it still lives" if elsewhere else ""
 
 
 def _last(folder: Path) -> int:
