@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lm_jax.data.tokenizer_backends import OTHER_NAMES, HuggingFace, Pieces
 from lm_jax.errors import ConfigError, DataError
+from lm_jax.hub import older
 from lm_jax.hub.folder import read_json
 
 NAMES = {"mask_token": OTHER_NAMES["<mask>"], "cls_token": ("[CLS]",), "unk_token": ("[UNK]", "<unk>")}  # if not told
@@ -32,14 +33,15 @@ class Row:
 
 def of_folder(folder: Path):
     """The frame of a folder as transformers saves it. ConfigError where it has no tokenizer."""
-    settings = read_json(folder / "tokenizer_config.json")
-    added = _added(folder, settings, read_json(folder / "added_tokens.json"))
-    for name, kind in KINDS.items():
-        if (folder / name).is_file():
+    settings = _settings(folder)
+    added = _added(folder, settings)
+    for names, kind in KINDS.items():
+        files = [folder / name for name in names.split(" with ")]
+        if all(file.is_file() for file in files):
             try:
-                return kind((folder / name).read_bytes(), settings, added)
+                return kind(*(file.read_bytes() for file in files), settings, added)
             except ConfigError as error:
-                raise ConfigError(f"{folder / name}: {error}") from error
+                raise ConfigError(f"{files[0]}: {error}") from error
     raise ConfigError(f"{folder} has no tokenizer: put the {', '.join(list(KINDS)[:-1])} or {list(KINDS)[-1]} that its "
                       "model was trained with beside its weights")
 
@@ -47,9 +49,9 @@ def of_folder(folder: Path):
 class Template:
     """Of a `tokenizer.json`, which has a template of its special tokens."""
 
-    def __init__(self, file: bytes, settings: dict, added: int):
+    def __init__(self, file: bytes, settings: dict, added: dict[int, dict]):
         self.tokenizer, self.settings = HuggingFace(file), settings
-        self.vocab = max(self.tokenizer.own, added)  # ids that texts are made of; a model's table may be longer
+        self.vocab = max(self.tokenizer.own, *(1 + id for id in added), 0)  # ids of texts; a model may have more
         (row,), = self.windows(["a"], limit=None)
         own = [i for i, of in enumerate(row.texts) if of == 0] or [len(row)]
         self.before, self.after = tuple(row.ids[:own[0]]), tuple(row.ids[own[-1] + 1:])
@@ -94,10 +96,10 @@ class Template:
 class Ends:
     """Of a SentencePiece model: <s> before a text if it is a LLaMA's, </s> behind if it is a T5's."""
 
-    def __init__(self, file: bytes, settings: dict, added: int):
+    def __init__(self, file: bytes, settings: dict, added: dict[int, dict]):
         self.tokenizer, self.settings = Pieces(file), settings
         self._model = model = self.tokenizer.model
-        self.vocab, llama = max(self.tokenizer.own, added), model.bos_id() >= 0
+        self.vocab, llama = max(self.tokenizer.own, *(1 + id for id in added), 0), model.bos_id() >= 0
         self.before = (model.bos_id(),) * settings.get("add_bos_token", llama)
         self.after = (model.eos_id(),) * settings.get("add_eos_token", not llama)
 
@@ -128,17 +130,45 @@ class Ends:
                       [None] * len(ids), framed([0] * len(part), None))
 
 
+def _older(made):
+    """A `Template` out of what `made` makes of a folder's older files."""
+    def frame(*files_and_more):
+        *_, settings, added = files_and_more
+        found = Template(made(*files_and_more), settings, added)
+        for id, token in added.items():
+            if (there := found.tokenizer.id(token["content"])) != id:
+                raise ConfigError(f"the added token {token['content']!r} has the id {id} and would get {there}: fetch "
+                                  "the tokenizer.json of this model, or its added_tokens.json again")
+        return found
+    return frame
+
+
 Frame = Template | Ends
-KINDS = {"tokenizer.json": Template, "tokenizer.model": Ends, "spiece.model": Ends}
+KINDS = {"tokenizer.json": Template, "tokenizer.model": Ends, "spiece.model": Ends,
+         "vocab.txt": _older(older.word_pieces), "vocab.json with merges.txt": _older(older.byte_pairs)}
 
 
-def _added(folder: Path, settings: dict, more: dict) -> int:
-    """Where the ids end that a folder has added behind those of its file; 0 if it has added none."""
+def _settings(folder: Path) -> dict:
+    """What a folder says of its tokenizer; older ones name its class and its special tokens elsewhere."""
+    named = read_json(folder / "config.json").get("tokenizer_class")
+    return {"tokenizer_class": named} | read_json(folder / "special_tokens_map.json") | read_json(
+        folder / "tokenizer_config.json")
+
+
+def _added(folder: Path, settings: dict) -> dict[int, dict]:
+    """Tokens that a folder adds to those of its file, by their ids, each as a tokenizer.json says it."""
     try:
-        return max(1 + int(id) for id in (-1, *(settings.get("added_tokens_decoder") or ()), *more.values()))
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{folder} has an added token whose id is no number ({error}): fetch its added_tokens.json and "
-                        "tokenizer_config.json again") from error
+        names = [told for name, told in settings.items() if name.endswith("_token")]
+        names += settings.get("additional_special_tokens") or []
+        specials = [name["content"] if isinstance(name, dict) else name for name in names]
+        found = {int(id): {"content": word, "special": word in specials, "normalized": word not in specials}
+                 for word, id in read_json(folder / "added_tokens.json").items()}
+        found |= {int(id): token for id, token in (settings.get("added_tokens_decoder") or {}).items()}
+        return {id: {"content": token["content"], "special": False} | token | {"id": id}
+                for id, token in found.items()}
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise DataError(f"{folder} has an added token whose id is no number, or without its text ({error}): fetch its "
+                        "added_tokens.json and tokenizer_config.json again") from error
 
 
 def _row(found) -> Row:

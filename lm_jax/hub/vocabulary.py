@@ -16,17 +16,24 @@ SPECIALS = ("pad", "bos", "eos", "mask")  # as transformers calls them, with "_t
 
 def write(folder: Path, tokenizer: Vocabulary, cfg: TransformerConfig):
     """Write the tokenizer of a model into its folder, and into its config.json the ids that begin and end texts."""
-    spec = WRITERS[type(tokenizer)](tokenizer)
-    words = {token["id"]: token["content"] for token in spec["added_tokens"]}
+    file = WRITERS[type(tokenizer)](tokenizer)
+    words = {token["id"]: token["content"] for token in file["added_tokens"]}
     named = {f"{name}_token": words[getattr(tokenizer, name)] for name in SPECIALS if getattr(tokenizer, name) in words}
     if not isinstance(tokenizer, HuggingFace):
-        spec["post_processor"] = _template(cfg, tokenizer, words)
-    _json(folder / "tokenizer.json", spec)
+        file["post_processor"] = _template(cfg, tokenizer, words)
+    _json(folder / "tokenizer.json", file)
     _json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named,
                                              "clean_up_tokenization_spaces": False})
     ids = {f"{name}_token_id": getattr(tokenizer, name) for name in ("pad", "bos", "eos")}
     ids |= {"decoder_start_token_id": tokenizer.pad} if cfg.encoder_depth else {}
     _json(folder / "config.json", disk.read_json(folder / "config.json") | ids)
+
+
+def spec(core: dict, added: list[dict], **parts) -> dict:
+    """A tokenizer.json of a model, the tokens that were added to it, and its other parts."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    return {"version": "1.0", **empty, **parts, "added_tokens": [flags | token for token in added], "model": core}
 
 
 def _pieces(tokenizer: Pieces) -> dict:
@@ -43,24 +50,18 @@ def _pieces(tokenizer: Pieces) -> dict:
     spaced = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
     plain = {"type": "Replace", "pattern": {"String": BLANK}, "content": " "}
     back = [plain, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    return _spec(core, [(i, pieces[i], i in special) for i in sorted(special + symbols)], normalizer=spaced,
-                 decoder={"type": "Sequence", "decoders": back})
+    added = [{"id": i, "content": pieces[i], "special": i in special} for i in sorted(special + symbols)]
+    return spec(core, added, normalizer=spaced, decoder={"type": "Sequence", "decoders": back})
 
 
 def _bytes(tokenizer: Bytes) -> dict:
     core = {"type": "BPE", "vocab": {word: i for i, word in enumerate([*NAMES, *_byte_letters()])}, "merges": []}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    return _spec(core, [(i, name, True) for i, name in enumerate(NAMES)], pre_tokenizer=level, decoder=level)
+    added = [{"id": i, "content": name, "special": True} for i, name in enumerate(NAMES)]
+    return spec(core, added, pre_tokenizer=level, decoder=level)
 
 
 WRITERS = {Pieces: _pieces, Bytes: _bytes, HuggingFace: lambda tokenizer: json.loads(tokenizer.file)}
-
-
-def _spec(core, added, **parts) -> dict:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    tokens = [{"id": i, "content": word, "special": special} | flags for i, word, special in added]
-    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
-    return {"version": "1.0", **empty, **parts, "added_tokens": tokens, "model": core}
 
 
 def _template(cfg, tokenizer, words) -> dict:
