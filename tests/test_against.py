@@ -54,7 +54,7 @@ def test_bfloat16_is_the_same_work_to_its_rounding(torch, drawn):
 
 
 def test_a_comparison_gives_each_side_and_their_ratio(torch):
-    found = against_torch.measured(TINY, "float32", turns=2, sides=("lm_jax", "torch eager"), memory=False)
+    found = against_torch.measured(TINY, "float32", turns=2, sides=("lm_jax", "torch eager"))
     by_name = {figure.name: figure for figure in found}
     ratio = by_name["lm_jax is as fast as torch eager, times"]
     assert ratio.unit == "x" and ratio.low <= ratio.value <= ratio.high and ratio.times == 2

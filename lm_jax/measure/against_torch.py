@@ -22,14 +22,14 @@ CASES = {"a": Case("10M parameters, d 384, 6 layers", depth=6, width=384, heads=
 SIDES = ("lm_jax", "torch eager", "torch compiled")
 
 
-def measured(case: Case, dtype: str, *, turns: int = timing.TURNS, sides=SIDES, memory: bool = True) -> list[Figure]:
-    """Tokens a second of each side, how many times as fast ours is as the best of the others, and memory."""
+def measured(case: Case, dtype: str, *, turns: int = timing.TURNS, sides=SIDES) -> list[Figure]:
+    """Tokens a second of each side, and how many times as fast ours is as the best of the others."""
     torch_reference.package("torch")
     steps, first = {}, []
     for name in sides:
         steps[name] = side(name, case, dtype)
         first.append(Figure(f"first step, {name}", timing.once(steps[name]), "s", "compiling included"))
-    seconds = timing.interleaved(steps, turns=turns)
+    seconds = timing.interleaved(steps, turns=turns, warm=1)  # after the first step
     tokens, cfg = case.batch * case.length, case.config(dtype)
     work = case.batch * flops.train(cfg, case.length)
     best = timing.faster({name: s for name, s in seconds.items() if name != "lm_jax"})
@@ -38,7 +38,18 @@ def measured(case: Case, dtype: str, *, turns: int = timing.TURNS, sides=SIDES, 
              for name, s in seconds.items()]
     found += [duration(f"  a step of {name}", s) for name, s in seconds.items()]
     found.append(timing.times_as_fast(f"lm_jax is as fast as {best}, times", seconds["lm_jax"], seconds[best]))
-    return found + first + ([_memory(name, case, dtype) for name in sides] if memory else [])
+    return found + first
+
+
+def memory(name: str, key: str, dtype: str) -> Figure:
+    """Most bytes of a process that makes three steps of one side of a case, compiling included, less those of one that
+    makes none."""
+    path = os.pathsep.join(filter(None, (os.getcwd(), *sys.path)))
+    done = subprocess.run([sys.executable, "-m", "lm_jax.measure.against_torch", key, dtype, name],
+                          capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path})
+    bare, peak = json.loads(done.stdout.splitlines()[-1])
+    return Figure(f"memory of the host, {name}", (peak - bare) / 2**30, "GiB", "three steps' peak, compiling included, "
+                  f"above the {bare / 2**30:.2f} GiB of both packages imported")
 
 
 def side(name: str, case: Case, dtype: str):
@@ -72,18 +83,6 @@ def batch(case: Case) -> dict:
     places = np.broadcast_to(np.arange(case.length, dtype=np.int32), tokens.shape)
     return {"tokens": tokens, "targets": targets, "weights": np.ones(tokens.shape, np.float32), "positions": places,
             "segments": np.ones_like(tokens)}
-
-
-def _memory(name: str, case: Case, dtype: str) -> Figure:
-    """Most bytes of a process that makes three steps of one side, compiling included, less those of one that makes
-    none."""
-    key = next(key for key, one in CASES.items() if one == case)
-    path = os.pathsep.join(filter(None, (os.getcwd(), *sys.path)))
-    done = subprocess.run([sys.executable, "-m", "lm_jax.measure.against_torch", key, dtype, name],
-                          capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path})
-    bare, peak = json.loads(done.stdout.splitlines()[-1])
-    return Figure(f"memory of the host, {name}", (peak - bare) / 2**30, "GiB", "three steps' peak, compiling included, "
-                  f"above the {bare / 2**30:.2f} GiB of both packages imported")
 
 
 def _peaks(key: str, dtype: str, name: str) -> list[int]:
