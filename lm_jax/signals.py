@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 
 import jax
@@ -23,6 +24,7 @@ from lm_jax.errors import Stopped, told
 
 GRACE = 5.0  # seconds in which the main thread may come out of what it does
 OWN = 1.5  # seconds for a reason of its own, before it ends for that of another process
+TWICE = 1.0  # seconds in which a signal that comes again is the same: `timeout` sends it to a process, then its group
 SAVING = 1800.0  # seconds for which one process may save while the others, which have, wait to end with it
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOPPED = "stopped by {}; the same command goes on from what was saved".format
@@ -31,9 +33,10 @@ _present = None  # what `ending` is in force: signals are the process's, and so 
 
 @contextlib.contextmanager
 def ending():
-    """Whatever is done within, SIGTERM or SIGINT ends it by `Stopped`, but in a `caught` loop; a second one kills.
+    """Whatever is done within, SIGTERM or SIGINT ends it by `Stopped`, but in a `caught` loop.
 
-    Of several processes all end, with the code of the one that a signal came to or that failed.
+    A second one, more than `TWICE` later, kills. Of several processes all end, with the code of the one that a signal
+    came to or that failed.
     """
     global _present
     if _present or threading.current_thread() is not threading.main_thread():
@@ -157,17 +160,20 @@ class _Ending:
 
     def _hear(self, ear):
         """In a thread, which hears a signal whatever the main thread does."""
-        heard = 0
+        first = None
         while byte := ear.recv(1):
             if byte[0] not in SIGNALS:
                 continue
             if self._pokes:
                 self._pokes -= 1
                 continue
-            heard, name = heard + 1, signal.Signals(byte[0]).name
-            if heard > 1:
+            now, name = time.monotonic(), signal.Signals(byte[0]).name
+            if first is not None and now < first + TWICE:
+                continue
+            if first is not None:
                 print(f"error: a second signal, {name}: it ends at once", file=sys.stderr, flush=True)
                 os._exit(128 + byte[0])
+            first = now
             if peers.count() > 1:
                 peers.tell(Stopped.code, f"{name} to process {peers.number()}")
             else:

@@ -19,7 +19,12 @@ from lm_jax.launchers.slots import Slot
 POINT = """
 import json, os, pathlib, signal, sys, time
 folder, what, seconds = pathlib.Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-signal.signal(signal.SIGTERM, lambda *_: (print("saved"), sys.exit(75)))
+def save(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one kills
+    time.sleep(0.3)
+    print("saved")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
 began = folder / "began"
 began.write_text((began.read_text() if began.exists() else "") + f"{os.getpid()} {os.getpgid(0)}\\n")
 times = len(began.read_text().splitlines())
@@ -127,6 +132,21 @@ def test_a_signal_to_the_pool_has_its_points_save_and_end(tmp_path):
     running.send_signal(signal.SIGINT)
     assert running.communicate(timeout=20)[0].strip() == "stopped"
     assert "saved" in (tmp_path / "points/a/log.txt").read_text() and not began(tmp_path, "b")
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_and_a_point_that_was_told_is_not_told_again(tmp_path):
+    """As `timeout` sends it: a second one would kill what still saves."""
+    running = other(tmp_path, {"a": ("ok", 60)})
+    until(lambda: began(tmp_path, "a"))
+    for _ in range(2):
+        running.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert running.communicate(timeout=20)[0].strip() == "stopped"
+    assert "saved" in (tmp_path / "points/a/log.txt").read_text()
+    late = pool(tmp_path, jobs(tmp_path, {"late": ("ok", 60)}, minutes=0.3 / 60), say=lambda line: None)
+    until(lambda: late._step() and late.running["late"].told)
+    late._stop([signal.SIGTERM])
+    assert "saved" in (tmp_path / "points/late/log.txt").read_text()
 
 
 def test_after_kill_9_of_the_pool_a_second_one_takes_over_and_runs_nothing_twice(tmp_path):

@@ -4,8 +4,11 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 from test_clock import SETTINGS
+
+from lm_jax import signals
 
 # A run that tells when it has come to a function, and stays there for a while.
 PAUSED = """
@@ -74,8 +77,7 @@ errors.run(main)
     assert not (tmp_path / "lease").exists()
 
 
-def test_a_loop_is_told_once_and_a_second_signal_is_not_waited_for():
-    loop = python("""
+LOOP = """
 import time
 from lm_jax import errors, signals
 def main(argv):
@@ -84,11 +86,28 @@ def main(argv):
         while not signals.agreed():
             time.sleep(0.01)
         print("saving", flush=True)
-        time.sleep(60)
+        time.sleep({seconds})
+        print("saved", flush=True)
+    return 75
 errors.run(main)
-""")
+"""
+
+
+def test_a_loop_is_told_once_and_a_second_signal_is_not_waited_for():
+    loop = python(LOOP.format(seconds=60))
     loop.send_signal(signal.SIGINT)
     assert loop.stdout.readline() == "saving\n"
+    time.sleep(signals.TWICE + 1)
     loop.send_signal(signal.SIGTERM)
     _, said = loop.communicate(timeout=60)
     assert loop.returncode == 128 + signal.SIGTERM and "a second signal, SIGTERM" in said
+
+
+def test_a_signal_that_comes_to_a_process_and_then_to_its_group_is_one():
+    """As GNU `timeout` sends it, microseconds apart."""
+    loop = python(LOOP.format(seconds=1))
+    loop.send_signal(signal.SIGTERM)
+    assert loop.stdout.readline() == "saving\n"
+    loop.send_signal(signal.SIGTERM)
+    out, said = loop.communicate(timeout=60)
+    assert (loop.returncode, out) == (75, "saved\n"), said

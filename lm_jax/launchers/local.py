@@ -26,6 +26,7 @@ from pathlib import Path
 from lm_jax import disk
 from lm_jax.launchers.job import Job
 from lm_jax.launchers.slots import Slot
+from lm_jax.signals import TWICE
 
 FINAL = {2: "its config cannot run", 77: "its data are damaged", 79: "none of its checkpoints is intact"}
 FULL, STOPPED = 74, 75  # exit codes of a run that wants room, and of one that was stopped and has saved
@@ -243,9 +244,10 @@ class Pool:
     def _stop(self, seen: list):
         """Have all points save and end, orphans too; a signal more, or too long a wait, and they are killed."""
         for run in self.running.values():
-            run.stop(signal.SIGTERM)
+            if not run.told:  # a second signal would end it unsaved
+                run.stop(signal.SIGTERM)
         for job in self.jobs:
-            if self.at[job.id] == "elsewhere" and (holder := self._orphan(job)):
+            if self.at[job.id] == "elsewhere" and job.id not in self.told and (holder := self._orphan(job)):
                 _signal(holder["pid"], signal.SIGTERM)
         while self.running:
             for run in list(self.running.values()):
@@ -283,9 +285,14 @@ def _free(locks: list):
 
 @contextlib.contextmanager
 def _signals():
-    """A list of the SIGINTs and SIGTERMs that came, which do nothing else meanwhile."""
+    """A list of when SIGINTs and SIGTERMs came, which do nothing else meanwhile."""
     seen = []
-    before = {s: signal.signal(s, lambda number, frame: seen.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def hear(number, frame):
+        if not seen or time.monotonic() > seen[0] + TWICE:
+            seen.append(time.monotonic())
+
+    before = {s: signal.signal(s, hear) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield seen
     finally:
