@@ -6,6 +6,7 @@ program on the same config; process 0 also writes and speaks.
 
 import contextlib
 import functools
+import json
 import os
 import secrets
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lm_jax import cluster
-from lm_jax.errors import ConfigError
+from lm_jax.errors import ConfigError, Failure, told
 from lm_jax.parallel import activation
 from lm_jax.peers import BRIEF, LostError, exchange
 
@@ -61,8 +62,9 @@ def say(line: str):
 def together(work, name: str = "start", *, limit: float = BRIEF):
     """`work()` on process 0, then on all others at once: in a shared folder the first builds and the others find.
 
-    What fails on one process ends all: each raises it, or says where it failed and why; none is left waiting. Either
-    turn has so many seconds, and a `name` for the error that comes after them.
+    What fails on one process ends all: it raises that, the others a Failure of the same exit code, which says where it
+    failed and why; none is left waiting. Either turn has so many seconds, and a `name` for the error that comes after
+    them.
     """
     result, error, me = None, None, jax.process_index()
     for turn in ("first", "others"):
@@ -71,21 +73,21 @@ def together(work, name: str = "start", *, limit: float = BRIEF):
                 result = work()
             except Exception as e:
                 error = e
-        failures = exchange(f"{name}/{turn}", str(error) if error else "", limit=limit)
+        ends = exchange(f"{name}/{turn}", json.dumps(error and (told(error) or (str(error), 1))), limit=limit)
         if error:
             raise error
-        for number, failure in enumerate(failures):
-            if failure:
-                raise ConfigError(f"process {number} cannot start: {failure}")
+        for number, end in enumerate(map(json.loads, ends)):
+            if end:
+                raise _elsewhere(number, *end)
     return result
 
 
 def same(**digests: str):
     """Raise ConfigError, on every process, unless all have the same digests: which names what each is a digest of."""
     for name, digest in digests.items():
-        told = exchange(f"same/{name}", digest)
-        if others := [f"{number} ({found})" for number, found in enumerate(told) if found != told[0]]:
-            raise ConfigError(f"process {', '.join(others)} has another {name} than process 0 ({told[0]}): give all "
+        found = exchange(f"same/{name}", digest)
+        if others := [f"{number} ({other})" for number, other in enumerate(found) if other != found[0]]:
+            raise ConfigError(f"process {', '.join(others)} has another {name} than process 0 ({found[0]}): give all "
                               f"processes the same {name}")
 
 
@@ -125,6 +127,13 @@ def put_batch(batch, rows: int | None = None):
         return jax.make_array_from_callback(shape, sharding, piece)
 
     return jax.tree.map(put, batch)
+
+
+def _elsewhere(number: int, message: str, code: int) -> Failure:
+    """What a process has failed of, for another one, which ends with its code."""
+    failure = Failure(f"process {number} cannot start: {message}")
+    failure.code = code
+    return failure
 
 
 @functools.lru_cache(maxsize=8)

@@ -122,16 +122,23 @@ from lm_jax import errors, hosts, peers
 def main(argv):
     print("joins", flush=True)
     hosts.start(*(argv[1:] or [None] * 3))
-    work = lambda: 1 // int(hosts.jax.process_index() != 1)
-    print(peers.exchange("hello", f"from {hosts.jax.process_index()}"))
-    try:
-        hosts.together(work)
-    except (ConfigError, ZeroDivisionError) as e:
-        print("together:", e)
+    me = hosts.jax.process_index()
+    print(peers.exchange("hello", f"from {me}"))
+    failures = (1, ZeroDivisionError("by zero")), (0, errors.DataError("damaged")), (1, OSError(28, "full"))
+    for number, error in failures:
+        def work():
+            if me == number:
+                raise error
+        try:
+            hosts.together(work)
+        except Exception as e:
+            print("together:", (errors.told(e) or (e, 1))[1], e)
     hosts.same(tokenizer="a", data="abc"[hosts.jax.process_index()])
-from lm_jax.config import ConfigError
 errors.run(main)
 """
+
+
+FULL = "[Errno 28] full: make room, and run the same command to go on from what was saved"
 
 
 def launch(argv=(), **env):
@@ -165,8 +172,9 @@ def test_what_one_process_meets_all_are_told(cluster):
         assert "['from 0', 'from 1']" in out, err
         assert process.returncode == 2 and "process 1 (b) has another data than process 0 (a)" in err
     assert "2 processes, 4 devices" in outputs[0][0] and "2 processes" not in outputs[1][0], "one process speaks"
-    assert "together: process 1 cannot start: integer division" in outputs[0][0]
-    assert "together: integer division" in outputs[1][0]
+    said = [[line.partition(": ")[2] for line in out.splitlines() if line.startswith("together")] for out, _ in outputs]
+    assert said[0] == ["1 process 1 cannot start: by zero", "77 damaged", f"74 process 1 cannot start: {FULL}"]
+    assert said[1] == ["1 by zero", "77 process 0 cannot start: damaged", "74 [Errno 28] full"]
 
 
 def test_a_process_whose_others_do_not_come_ends_in_time_and_says_so():
