@@ -26,6 +26,10 @@ MODELS = {
     "llama-3.1": (hf.LlamaConfig, SMALL | dict(rope_parameters=LLAMA3), hf.LlamaForCausalLM),
     "llama-3.2": (hf.LlamaConfig, SMALL | dict(tie_word_embeddings=True, head_dim=12, attention_bias=True),
                   hf.LlamaForCausalLM),
+    "llama-linear": (hf.LlamaConfig, SMALL | dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)),
+                     hf.LlamaForCausalLM),
+    "llama-dynamic": (hf.LlamaConfig, SMALL | dict(max_position_embeddings=32, rope_parameters=dict(
+        rope_type="dynamic", rope_theta=1e4, factor=4.0)), hf.LlamaForCausalLM),
     "llama-base": (hf.LlamaConfig, SMALL, hf.LlamaModel),
     "llama-classes": (hf.LlamaConfig, SMALL | dict(num_labels=5), hf.LlamaForSequenceClassification),
     "llama-tags": (hf.LlamaConfig, SMALL | dict(num_labels=5), hf.LlamaForTokenClassification),

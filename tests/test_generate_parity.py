@@ -41,8 +41,25 @@ def test_greedy_text_and_beams_are_those_of_transformers(name, tmp_path):
             np.testing.assert_allclose(found.scores_BW[row, 0], expected.sequences_scores[0], atol=1e-3)
 
 
+def test_a_dynamic_rope_that_stretches_on_the_way_writes_what_it_does_in_transformers(tmp_path):
+    theirs = hf.made("llama-dynamic")
+    theirs.save_pretrained(tmp_path)
+    theirs.generation_config.eos_token_id = None
+    ours, prompt = hub.load(tmp_path, dtype="float32"), np.random.default_rng(3).integers(3, 99, 28).tolist()
+    made = generate(ours, hub.batch(ours.cfg, [prompt]), Sampler(0), length=20, key=jax.random.key(0))
+    expected = written(theirs, prompt, False, max_new_tokens=20)
+    text = expected.sequences[0, len(prompt):].tolist()
+    assert made.tokens_BT[0].tolist() == text
+    logprobs_T = torch.log_softmax(torch.cat(expected.scores), -1)[range(20), text].numpy()
+    np.testing.assert_allclose(made.logprobs_BT[0], logprobs_T, atol=1e-4)
+    whole_TV = hub.logits(ours, [prompt + text[:-1]])[0, len(prompt) - 1:]
+    whole_T = torch.log_softmax(torch.tensor(whole_TV), -1)[range(20), text].numpy()
+    assert np.abs(whole_T - logprobs_T).max() > 1e-3, "it did not stretch: full passes say the same"
+
+
 def written(model, prompt, start, **knobs):
     with torch.inference_mode():
         # its cache counts the layers of the encoder, where the decoder may have more
-        return model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=LENGTH, output_scores=True,
+        knobs = {"max_new_tokens": LENGTH} | knobs
+        return model.generate(torch.tensor([prompt]), do_sample=False, output_scores=True,
                               return_dict_in_generate=True, use_cache=not start, **knobs)

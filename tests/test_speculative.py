@@ -11,7 +11,7 @@ import tiny
 from scipy import stats
 
 from lm_jax import hosts, parallel
-from lm_jax.config import ConfigError, MeshConfig
+from lm_jax.config import ConfigError, MeshConfig, RopeConfig
 from lm_jax.inference.generate import generate
 from lm_jax.inference.sample import Sampler
 from lm_jax.inference.speculative import speculate
@@ -102,6 +102,16 @@ def test_what_cannot_be_drafted_says_why(pair):
         go(other)
     with pytest.raises(ConfigError, match="ahead=0"):
         go(pair[1], ahead=0)
+
+
+def test_a_dynamic_rope_is_drafted_for_as_far_as_it_does_not_stretch(pair):
+    rope = RopeConfig(scaling="dynamic", factor=2.0, original=12)
+    model, batch = tiny.model(**SETTINGS, depth=1, rope=rope), prompts([3, 2])
+    knobs = dict(length=7, key=jax.random.key(0))
+    drafted = speculate(model, pair[1], batch, GREEDY, ahead=3, **knobs)
+    np.testing.assert_array_equal(drafted.tokens_BT, generate(model, batch, GREEDY, **knobs).tokens_BT)
+    with pytest.raises(ConfigError, match="rope.scaling='dynamic' up to 13 tokens, of 12 trained on: .* use generate"):
+        speculate(model, pair[1], batch, GREEDY, ahead=4, **knobs)
 
 
 def text_probabilities(model, prompt, sampler, length):

@@ -41,6 +41,10 @@ def generate(model: Transformer, batch: Batch, sampler: Sampler | Sequence[Sampl
     `sampler` is one for all rows, or one a row. What is drawn depends on the row's key and on how many tokens it has
     written: `key` is one for the batch, which is folded with the row's number, or one a row [B]. With `vocab` > 0 only
     ids below it are drawn. Raises ConfigError where the model cannot.
+
+    What is written is what full passes would write, with one exception: a `rope.scaling` of "dynamic" turns by the
+    length at hand, and past the length trained on keys stay in the cache as they were turned when they were read. So do
+    those of transformers, whose greedy text this is there too.
     """
     rules, stops = asked(model, batch, sampler, length=length, stop=stop, vocab=vocab)
     keys_B = row_keys(key, batch["tokens"].shape[0])
@@ -60,11 +64,11 @@ def asked(model, batch: Batch, sampler, *, length: int, stop, vocab: int) -> tup
         raise ConfigError(f"generate length={length}: at least 1")
     if vocab > cfg.vocab:
         raise ConfigError(f"vocab={vocab} and the model has {cfg.vocab} tokens: they are not of the same tokenizer")
-    prompt = _reach(batch)
+    prompt = extent(batch)
     if cfg.positions == "learned" and prompt + length - 1 > cfg.max_length:
         raise ConfigError(f"a prompt of {prompt} tokens and {length} new ones pass model.max_length={cfg.max_length} "
                           f"learned positions: at most {cfg.max_length + 1} in all")
-    read = 0 if "source" not in batch else _reach(batch["source"])
+    read = 0 if "source" not in batch else extent(batch["source"])
     if cfg.positions == "learned" and read > cfg.max_length:
         raise ConfigError(f"a source of {read} tokens passes model.max_length={cfg.max_length} learned positions: "
                           "cut it")
@@ -72,7 +76,7 @@ def asked(model, batch: Batch, sampler, *, length: int, stop, vocab: int) -> tup
     return Rules.of(sampler, B, cfg.vocab), stops
 
 
-def _reach(batch: Batch) -> int:
+def extent(batch: Batch) -> int:
     """How many positions a batch takes; in a program, where numbers are unknown, those of a whole row."""
     places = batch["positions"]
     return places.shape[1] if isinstance(places, jax.core.Tracer) else int(np.max(places)) + 1

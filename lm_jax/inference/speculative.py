@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from lm_jax import parallel
 from lm_jax.batch import Batch
 from lm_jax.config import ConfigError
-from lm_jax.inference.generate import asked, chosen, prefill, ready, stopped
+from lm_jax.inference.generate import asked, chosen, extent, prefill, ready, stopped
 from lm_jax.inference.sample import History, Sampler, draw, law, pick, row_keys, words
+from lm_jax.models.positions import trained_length
 from lm_jax.models.stack import Cache
 
 
@@ -46,6 +47,10 @@ def speculate(model, draft, batch: Batch, sampler=Sampler(), *, length: int, key
     knobs = dict(length=length, stop=stop, vocab=vocab)
     asked(draft, batch, sampler, **knobs)
     rules, stops_A = asked(model, batch, sampler, **knobs)
+    most, last = trained_length(model.cfg), extent(batch) + length + ahead - 1
+    if model.cfg.positions == "rope" and model.cfg.rope.scaling == "dynamic" and last > most:
+        raise ConfigError(f"a draft for rope.scaling='dynamic' up to {last} tokens, of {most} trained on: beyond them "
+                          "what is written depends on how much is read at once; use generate, or shorter texts")
     keys_B = row_keys(key, batch["tokens"].shape[0])
     return _speculate(model, draft, batch, rules, keys_B, stops_A, length=length, ahead=ahead, vocab=vocab)
 
