@@ -47,7 +47,8 @@ def jobs(dry: bool) -> list[Job]:
     bench = ("-m", "lm_jax.bench", "--json", "--pages=plain", f"--turns={1 if dry else 5}")
     tests = "test_where_there_is_no_gpu" if dry else "test_cudnn_shows"  # the latter is skipped without a GPU
     big, small = (TINY, TINY) if dry else (BIG, SMALL)
-    return [Job("tests", ("-m", "pytest", "-q", "-n", "0", "tests/test_kernels.py", "-k", tests), 120),
+    pytest = ("-m", "pytest", "-q", "-o", "addopts=", "tests/test_kernels.py", "-k", tests)  # wants no pytest-xdist
+    return [Job("tests", pytest, 120),
             Job("1b", (*bench, "--parts=limits,training", *big), 200),
             Job("packing", (*bench, "--parts=packing", *big), 120),
             Job("125m", (*bench, "--parts=training", *small), 150)]
