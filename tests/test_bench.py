@@ -136,6 +136,8 @@ def test_a_table_says_value_unit_spread_and_what_is_nominal():
     page = figures.markdown("limits", [one, Figure("peak", 9.89e14, "FLOP/s", nominal=True)])
     assert "| 1.00 TFLOP/s | 0.75 to 1.50 |" in page and "| 989 TFLOP/s |  | nominal |" in page
     assert json.loads(json.dumps(one.record()))["low"] == 7.5e11
+    long = figures.duration("", [timing.Spent(12.0, 9.0)] * 2)
+    assert json.loads(json.dumps(long.record()))["value"] == 12 and long.unit == "s"
 
 
 def test_stacked_points_make_the_same_steps_as_those_alone():

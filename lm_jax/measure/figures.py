@@ -35,6 +35,7 @@ class Figure:
 
 def median(name: str, samples: Sequence[float], unit: str, how: str = "") -> Figure:
     """The median of samples, between its quartiles."""
+    samples = [float(one) for one in samples]
     low, high = quartiles(samples)
     return Figure(name, statistics.median(samples), unit, how, low, high, len(samples))
 

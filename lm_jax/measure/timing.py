@@ -45,7 +45,7 @@ class Spent(float):
     """Seconds by the clock; `cpu` are those of all this process's threads, which say more where others take cores
     away, and nothing of an accelerator."""
 
-    def __new__(cls, seconds: float, cpu: float):
+    def __new__(cls, seconds: float, cpu: float = math.nan):
         made = super().__new__(cls, seconds)
         made.cpu = cpu
         return made
