@@ -1,5 +1,6 @@
 """Folders from before there was a tokenizer.json are read as they were written to be."""
 
+import io
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from test_hub_tokenizers import strings, trained
 from lm_jax.errors import ConfigError, DataError
 from lm_jax.hub import folder as folders
 from lm_jax.hub import frame
+from lm_jax.inference.chat import Template
 
 pytest.importorskip("tokenizers")
 TEXTS = ["Ünïcode, don't STOP", "漢字 and [MASK] or <|endoftext|> here", "a <new> word", *strings(60)]
@@ -97,3 +99,83 @@ def test_damaged_added_tokens_are_told(tmp_path):
         older(tmp_path, "bert", added_tokens_decoder=told)
         with pytest.raises(DataError, match="an added token whose id is no number, or without its text"):
             frame.of_folder(tmp_path)
+
+
+TRAINED = {"t5": dict(model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1),
+           "llama": dict(model_type="bpe", byte_fallback=True, unk_id=0, bos_id=1, eos_id=2,
+                         normalization_rule_name="identity", remove_extra_whitespaces=False)}
+TOLD = {"t5": {}, "llama": dict(add_bos_token=True, tokenizer_class="LlamaTokenizer")}
+FILES = {"t5": "spiece.model", "llama": "tokenizer.model"}
+
+
+def pieces(place, kind: str, added: dict | None = None, **settings):
+    """A folder with a SentencePiece model of 1500 pieces alone, and what it says of its words."""
+    import sentencepiece
+
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(strings(600, seed=10_000)), model_writer=file,
+                                             vocab_size=1500, character_coverage=0.98, minloglevel=2, **TRAINED[kind])
+    (place / FILES[kind]).write_bytes(file.getvalue())
+    (place / "config.json").write_text(json.dumps({"model_type": kind}))
+    (place / "tokenizer_config.json").write_text(json.dumps(TOLD[kind] | settings))
+    (place / "added_tokens.json").write_text(json.dumps(added or {}))
+    return place
+
+
+CHAT = {"<|im_start|>": 1500, "<|im_end|>": 1501}
+
+
+@pytest.mark.parametrize("kind, word, added, settings", [
+    ("t5", "<extra_id_3>", {}, {}), ("llama", "<|im_start|>", CHAT, dict(legacy=True)),
+    ("llama", "<|im_end|>", CHAT, dict(legacy=False)), ("llama", "</s>", {}, dict(legacy=False))],
+    ids=["t5", "llama", "llama-new", "eos"])
+def test_words_beside_a_sentencepiece_model_are_those_of_transformers(kind, word, added, settings, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = frame.of_folder(pieces(tmp_path, kind, added, **settings))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    alike = lambda text: ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    parts = [part for text in strings(100) for part in (text, text[:9]) if alike(part) and alike("x" + part)]
+    assert len(parts) > 99, "it makes a model of its own of the pieces, which does not always do the same"
+    for a, b in zip(parts, parts[1:]):
+        for text in (a, a + word + b, word + a, f"{a} {word}{b}", a + word + word):
+            (row,), = ours.windows([text], limit=None)
+            assert row.ids == theirs(text)["input_ids"], text
+            assert ours.encode(text) == row.ids[len(ours.before):len(row) - len(ours.after)]
+    assert ours.vocab == len(theirs)
+
+
+def test_a_t5_fills_in_what_its_sentinels_stand_for(tmp_path):
+    ours = frame.of_folder(pieces(tmp_path, "t5"))
+    (row,), = ours.windows(["a<extra_id_0> b <extra_id_99>"], limit=None)
+    a, b = ours.encode("a"), ours.encode("b")
+    assert row.ids == [*a, 1599, *b, 1500, 1] and ours.vocab == 1600 and ours.tokenizer.sentinels[0] == 1599
+    assert row.spans[len(a)] == (1, 13) and row.spans[-2] == (16, 29) and row.spans[len(a) + len(b)][1] == 15
+    assert ours.tokenizer.decode(row.ids) == "a b"
+    pieces(tmp_path, "t5", extra_ids=2)
+    assert frame.of_folder(tmp_path).encode("<extra_id_1>") == [1500]
+    for wrong in ("x", -1, 10**9, True):
+        pieces(tmp_path, "t5", extra_ids=wrong)
+        with pytest.raises(ConfigError, match=f"extra_ids={wrong!r} in tokenizer_config.json: a number"):
+            frame.of_folder(tmp_path)
+
+
+def test_a_chat_beside_a_sentencepiece_model_has_its_words_and_nobody_forges_them(tmp_path):
+    ours = frame.of_folder(pieces(tmp_path, "llama", CHAT | {"plain": 1502}))
+    template = Template(ours.tokenizer, "<|im_start|>{{ messages[0].content }}<|im_end|>", {})
+    ids = template.ids([{"role": "user", "content": "hi<|im_end|>"}])
+    assert ids[0] == 1500 and ids[-1] == 1501 and 1501 not in ids[:-1]
+    assert ours.tokenizer.piece(1500) == "<|im_start|>" and ours.tokenizer.id("<|im_end|>") == 1501
+    assert ours.tokenizer.decode([1502]) == "plain" and ours.vocab == 1503
+    pieces(tmp_path, "llama", {"<far>": 10**9})
+    with pytest.raises(ConfigError, match="has an id of 1,000,000,000 and only 1,500 pieces: its ids are damaged"):
+        frame.of_folder(tmp_path)
+
+
+def test_a_word_takes_the_blanks_that_its_folder_gives_it(tmp_path):
+    word = {"content": "<w>", "lstrip": True, "rstrip": True, "single_word": True, "special": True}
+    ours = frame.of_folder(pieces(tmp_path, "llama", added_tokens_decoder={"1500": word, "1501": {"content": "<w>x"}}))
+    (row,), = ours.windows(["a  <w> b"], limit=None)
+    at = row.ids.index(1500)
+    assert row.spans[at] == (1, 7) and row.spans[-1][1] == 8 and ours.tokenizer.decode([1500]) == ""
+    assert 1501 in ours.encode("a<w>x") and 1500 not in ours.encode("a<w>x")
+    assert 1500 not in ours.encode("<w>b"), "no word by itself"

@@ -96,15 +96,17 @@ class Pieces(Vocabulary):
 
     suffix = ".model"
 
-    def __init__(self, file: bytes):
-        import sentencepiece
-
-        try:
-            self.model = model = sentencepiece.SentencePieceProcessor(model_proto=file)
-        except RuntimeError as error:
-            raise ConfigError(f"data.tokenizer is no SentencePiece model: {error}") from error
+    def __init__(self, file: bytes, added: dict[int, dict] | None = None):
+        """`added`: tokens that a folder puts behind its pieces: of each its "content" and whether it is "special"."""
+        self.model = model = sentences(file)
         controls = {model.id_to_piece(i): i for i in range(len(model)) if model.is_control(i)}  # no text becomes these
-        super().__init__(file, [self._bytes(i) for i in range(len(model))], controls)
+        self._added = {id: token["content"] for id, token in (added or {}).items() if id >= len(model)}
+        _check_gaps(max(self._added, default=-1), len(model))
+        table = [self._bytes(i) for i in range(len(model))]
+        table += [None] * (1 + max(self._added, default=-1) - len(model))
+        for id, word in self._added.items():
+            table[id] = None if added[id]["special"] else word.encode()
+        super().__init__(file, table, controls | {word: id for id, word in self._added.items()})
         self._prefix = model.encode("a", out_type=str)[0].startswith(BLANK)  # it puts a space before every text
         escape = [model.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
         self._escape = None if self._prefix or not all(map(model.is_byte, escape)) else np.array(escape, np.int32)
@@ -121,10 +123,10 @@ class Pieces(Vocabulary):
 
     def id(self, piece: str) -> int | None:
         found = self.model.piece_to_id(piece)
-        return None if self.model.is_unknown(found) else found
+        return self.specials.get(piece) if self.model.is_unknown(found) else found
 
     def piece(self, id: int) -> str:
-        return self.model.id_to_piece(id)
+        return self._added[id] if id in self._added else self.model.id_to_piece(id)
 
     def joined(self, pieces: list[str]) -> str:
         return self.model.decode_pieces(pieces)
@@ -153,9 +155,7 @@ class HuggingFace(Vocabulary):
         spec, added = json.loads(file), model.get_added_tokens_decoder()
         specials = {token.content: i for i, token in added.items() if token.special}
         last = max(model.get_vocab().values(), default=-1)
-        if last > GAPS * (len(model.get_vocab()) + 1):
-            raise ConfigError(f"data.tokenizer has an id of {last:,} and only {len(model.get_vocab()):,} pieces: its "
-                              "ids are damaged")
+        _check_gaps(last, len(model.get_vocab()))
         table: list[bytes | None] = [None] * (1 + last)
         spell = _speller(spec)
         for piece, i in model.get_vocab().items():
@@ -181,6 +181,16 @@ class HuggingFace(Vocabulary):
         return self.model.decoder.decode(pieces) if self.model.decoder else " ".join(pieces)
 
 
+def sentences(file: bytes):
+    """A SentencePiece model, as its package runs it."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=file)
+    except RuntimeError as error:
+        raise ConfigError(f"data.tokenizer is no SentencePiece model: {error}") from error
+
+
 def library(file: bytes):
     """A tokenizer.json as the `tokenizers` package runs it, without its truncation and padding."""
     try:
@@ -197,6 +207,11 @@ def library(file: bytes):
 
 
 BACKENDS = {"Bytes": Bytes, "Pieces": Pieces, "HuggingFace": HuggingFace}
+
+
+def _check_gaps(last: int, pieces: int):
+    if last > GAPS * (pieces + 1):
+        raise ConfigError(f"data.tokenizer has an id of {last:,} and only {pieces:,} pieces: its ids are damaged")
 
 
 def _starts_word(piece: bytes) -> bool:

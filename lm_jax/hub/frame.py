@@ -2,15 +2,17 @@
 windows where they are too long, and of each token where it stands in its text."""
 
 import contextlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm_jax.data.tokenizer_backends import OTHER_NAMES, HuggingFace, Pieces
+from lm_jax.data.tokenizer_backends import OTHER_NAMES, HuggingFace, Pieces, sentences
 from lm_jax.errors import ConfigError, DataError
 from lm_jax.hub import older
 from lm_jax.hub.folder import read_json
 
 NAMES = {"mask_token": OTHER_NAMES["<mask>"], "cls_token": ("[CLS]",), "unk_token": ("[UNK]", "<unk>")}  # if not told
+ANCHOR = "\ue000"  # private use: no piece goes across it
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,25 @@ class Template:
 
 
 class Ends:
-    """Of a SentencePiece model: <s> before a text if it is a LLaMA's, </s> behind if it is a T5's."""
+    """Of a SentencePiece model: <s> before a text if it is a LLaMA's, </s> behind if it is a T5's. The model knows
+    nothing of the words that a folder adds: a text is cut at them, and what is between is read by itself."""
 
     def __init__(self, file: bytes, settings: dict, added: dict[int, dict]):
-        self.tokenizer, self.settings = Pieces(file), settings
-        self._model = model = self.tokenizer.model
-        self.vocab, llama = max(self.tokenizer.own, *(1 + id for id in added), 0), model.bos_id() >= 0
+        model = sentences(file)
+        llama = model.bos_id() >= 0
+        added = added if llama else _sentinels(len(model), settings.get("extra_ids", 100)) | added
+        self.tokenizer, self.settings, self._model = Pieces(file, added), settings, model
+        self.vocab = self.tokenizer.own
         self.before = (model.bos_id(),) * settings.get("add_bos_token", llama)
         self.after = (model.eos_id(),) * settings.get("add_eos_token", not llama)
+        specials = (i for i in range(len(model)) if model.is_control(i) or model.is_unknown(i))
+        words = {model.id_to_piece(i): {"id": i, "content": model.id_to_piece(i)} for i in specials}
+        self._words = words | {token["content"]: token for token in added.values()}
+        self._word = _pattern(self._words.values())
+        self._anchor = "" if settings.get("legacy", True) or not llama else ANCHOR
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text).tolist()
+        return [id for id, _ in self._placed(text)]
 
     def windows(self, texts: list, *, limit: int | None, overlap: int = 0, cut: str = "longest_first"):
         """As those of a `Template`."""
@@ -117,8 +127,7 @@ class Ends:
         if not isinstance(text, str):
             raise ConfigError("two texts at once need a tokenizer.json, which says how they are put together: this "
                               "folder has a SentencePiece model alone")
-        found = self._model.encode(text, return_type="offset_mapping")
-        found = list(zip(found["ids"], found["offsets"]))
+        found = self._placed(text)
         room = (limit or len(found) + 2) - len(self.before) - len(self.after)
         if room <= overlap:
             raise ConfigError(_no_room(limit, overlap))
@@ -128,6 +137,22 @@ class Ends:
             framed = lambda values, empty: [empty] * len(self.before) + values + [empty] * len(self.after)
             yield Row(ids, [0] * len(ids), framed([span for _, span in part], (0, 0)),
                       [None] * len(ids), framed([0] * len(part), None))
+
+
+    def _placed(self, text: str) -> list[tuple[int, tuple[int, int]]]:
+        """The ids of a text, each with the characters that it is."""
+        found, at = [], 0
+        for word in [*self._word.finditer(text), None]:
+            anchor = self._anchor if at else ""  # it takes the blank that is put before every text
+            hidden = len(self._model.encode(anchor))
+            read = self._model.encode(anchor + text[at:word.start() if word else len(text)],
+                                      return_type="offset_mapping")
+            moved = ((at - len(anchor) + start, at - len(anchor) + end) for start, end in read["offsets"])
+            found += [*zip(read["ids"], moved)][hidden:]
+            if word:
+                found.append((self._words[word[word.lastindex]]["id"], word.span()))
+                at = word.end()
+        return found
 
 
 def _older(made):
@@ -164,11 +189,28 @@ def _added(folder: Path, settings: dict) -> dict[int, dict]:
         found = {int(id): {"content": word, "special": word in specials, "normalized": word not in specials}
                  for word, id in read_json(folder / "added_tokens.json").items()}
         found |= {int(id): token for id, token in (settings.get("added_tokens_decoder") or {}).items()}
-        return {id: {"content": token["content"], "special": False} | token | {"id": id}
+        return {id: {"special": False} | token | {"id": id, "content": "" + token["content"]}
                 for id, token in found.items()}
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise DataError(f"{folder} has an added token whose id is no number, or without its text ({error}): fetch its "
                         "added_tokens.json and tokenizer_config.json again") from error
+
+
+def _sentinels(first: int, count) -> dict[int, dict]:
+    """What a T5 puts behind its pieces, in falling order, for what is to be filled in."""
+    if type(count) is not int or not 0 <= count <= first:
+        raise ConfigError(f"extra_ids={count!r} in tokenizer_config.json: a number of tokens is wanted, such as 100")
+    ids = range(first + count - 1, first - 1, -1)
+    return {id: {"id": id, "content": f"<extra_id_{i}>", "special": True} for i, id in enumerate(ids)}
+
+
+def _pattern(tokens) -> re.Pattern:
+    """Finds tokens in a text, the longest first, each with the blanks around it that it takes and as its last group."""
+    each = [r"\s*" * bool(token.get("lstrip")) + r"(?<!\w)" * bool(token.get("single_word")) +
+            f"({re.escape(token['content'])})" +
+            r"(?!\w)" * bool(token.get("single_word")) + r"\s*" * bool(token.get("rstrip"))
+            for token in sorted(tokens, key=lambda token: -len(token["content"])) if token["content"]]
+    return re.compile("|".join(each) or "(?!)")  # which is nowhere
 
 
 def _row(found) -> Row:
