@@ -25,8 +25,12 @@ GREEDY = Sampler(temperature=0)
 def pair():
     """A model, and a draft that is it with other numbers added: often right and often wrong."""
     model = tiny.model(**SETTINGS, depth=1)
+    return model, changed(model)
+
+
+def changed(model):
     rng = np.random.default_rng(1)
-    return model, jax.tree.map(lambda w: w + jnp.asarray(0.1 * rng.normal(size=w.shape), w.dtype), model)
+    return jax.tree.map(lambda w: w + jnp.asarray(0.1 * rng.normal(size=w.shape), w.dtype), model)
 
 
 def prompts(sizes):
@@ -102,6 +106,23 @@ def test_what_cannot_be_drafted_says_why(pair):
         go(other)
     with pytest.raises(ConfigError, match="ahead=0"):
         go(pair[1], ahead=0)
+
+
+@pytest.mark.parametrize("rows", [V + 2, V + 5])
+def test_a_draft_whose_table_is_padded_otherwise_changes_nothing(rows):
+    """Greedy rows and log-probabilities are the model's, under all that looks back at ids; no padding is drawn."""
+    of = lambda rows: tiny.model(**SETTINGS | dict(vocab=rows), depth=1)
+    model, draft, batch = of(V + 3), changed(of(rows)), prompts([4, 2, 5])
+    batch["tokens"] = batch["tokens"].at[0, 1].set(V + 2)  # an id that is no word, and may be none of the draft's table
+    greedy = Sampler(0, logit_bias={1: 0.5}, repetition_penalty=1.3, no_repeat_ngram_size=3)
+    knobs = dict(length=12, key=jax.random.key(0), vocab=V)
+    plain, drafted = generate(model, batch, greedy, **knobs), speculate(model, draft, batch, greedy, ahead=3, **knobs)
+    jax.tree.map(np.testing.assert_array_equal, drafted[:2], plain[:2])
+    np.testing.assert_allclose(drafted.logprobs_BT, plain.logprobs_BT, atol=1e-4)
+    drawn = speculate(model, draft, batch, Sampler(), ahead=3, **knobs)
+    assert drawn.tokens_BT.max() < V and 0 < drawn.kept_B.sum() < drawn.drafted_B.sum()
+    with pytest.raises(ConfigError, match=f"the draft has {rows} tokens and the model {V + 3}: .* pass vocab"):
+        speculate(model, draft, batch, greedy, length=4, key=jax.random.key(0))
 
 
 def test_a_dynamic_rope_is_drafted_for_as_far_as_it_does_not_stretch(pair):

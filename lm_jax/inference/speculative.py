@@ -33,7 +33,8 @@ class Speculated(NamedTuple):
 
 def speculate(model, draft, batch: Batch, sampler=Sampler(), *, length: int, key, ahead: int = 4, stop=(),
               vocab: int = 0) -> Speculated:
-    """`generate`, with `ahead` tokens at a time drafted by another model of the same vocabulary.
+    """`generate`, with `ahead` tokens at a time drafted by another model of the same vocabulary; where their tables are
+    padded to different sizes, `vocab` says how many ids of them are words.
 
     The law of what is written is that of `generate`, and greedy rows are the same; other rows draw by other numbers.
     Rows keep as much of a draft as each may: what one did not keep is a hole in its cache, which no query sees. The
@@ -41,9 +42,9 @@ def speculate(model, draft, batch: Batch, sampler=Sampler(), *, length: int, key
     """
     if ahead < 1:
         raise ConfigError(f"ahead={ahead}: at least one drafted token, or use generate")
-    if model.cfg.vocab != draft.cfg.vocab:
+    if model.cfg.vocab != draft.cfg.vocab and not 0 < vocab <= min(model.cfg.vocab, draft.cfg.vocab):
         raise ConfigError(f"the draft has {draft.cfg.vocab} tokens and the model {model.cfg.vocab}: take a draft of "
-                          "the model's vocabulary")
+                          "the model's vocabulary; if only the padding of their tables differs, pass vocab")
     knobs = dict(length=length, stop=stop, vocab=vocab)
     asked(draft, batch, sampler, **knobs)
     rules, stops_A = asked(model, batch, sampler, **knobs)
@@ -51,6 +52,7 @@ def speculate(model, draft, batch: Batch, sampler=Sampler(), *, length: int, key
     if model.cfg.positions == "rope" and model.cfg.rope.scaling == "dynamic" and last > most:
         raise ConfigError(f"a draft for rope.scaling='dynamic' up to {last} tokens, of {most} trained on: beyond them "
                           "what is written depends on how much is read at once; use generate, or shorter texts")
+    rules = rules if rules.bias_BV is None else dataclasses.replace(rules, bias_BV=rules.bias_BV[:, :vocab or None])
     keys_B = row_keys(key, batch["tokens"].shape[0])
     return _speculate(model, draft, batch, rules, keys_B, stops_A, length=length, ahead=ahead, vocab=vocab)
 
@@ -72,13 +74,13 @@ def _speculate(model, draft, batch, rules, keys_B, stops_A, *, length, ahead, vo
     keys_B = parallel.constrain(keys_B, "B")
     slots = T + min(B * (length + ahead), length * (ahead + 1)) + ahead + 1
     cache, last_B1D, end_B1 = prefill(model, batch, slots)
-    draft_cache, _, _ = prefill(draft, batch, slots)
+    draft_cache, _, _ = prefill(draft, _known(batch, draft.cfg.vocab), slots)
     done_B = end_B1["segments"][:, 0] == 0
     room = lambda dtype: parallel.constrain(jnp.zeros((B, length + ahead + 1), dtype), "BS")
     none_B = jnp.zeros_like(done_B, jnp.int32)
-    history = rules.history(batch, model.cfg.vocab, room=length + ahead + 2)
+    history = rules.history(batch, vocab or model.cfg.vocab, room=length + ahead + 2)
     logits_BV = words(model.logits(last_B1D)[:, 0])
-    token_B = pick(words(logits_BV, vocab), rules, _keys(keys_B, none_B, 2), history)
+    token_B = pick(_drawable(logits_BV, vocab), rules, _keys(keys_B, none_B, 2), history)
     made = Speculated(room(jnp.int32), none_B, room(jnp.float32), none_B, none_B)
     state = _State(made, token_B, done_B, history, cache, draft_cache)
     logprob_B = chosen(jax.nn.log_softmax(logits_BV), token_B)
@@ -98,7 +100,7 @@ def _round(model, draft, end_B1, rules, keys_B, stops_A, state: _State, *, lengt
         token_B, history, cache = carry
         step = end_B1 | {"tokens": token_B[:, None], "positions": places_B1 + j}
         x_B1D, cache, _ = draft.hidden(step, cache=cache)
-        law_BV = law(words(draft.logits(x_B1D)[:, 0], vocab), rules, history)
+        law_BV = law(_drawable(draft.logits(x_B1D)[:, 0], vocab), rules, history)
         next_B = draw(law_BV, _keys(keys_B, written_B + j, 0))
         return (next_B, history and history.add(next_B, go_on_B), cache), (token_B, law_BV, history)
 
@@ -110,7 +112,7 @@ def _round(model, draft, end_B1, rules, keys_B, stops_A, state: _State, *, lengt
                                    cache=state.cache)
     logits_ABV = jnp.moveaxis(parallel.constrain(model.logits(x_BTD), "BSA"), 1, 0)
     logits_ABV = jax.lax.map(words, logits_ABV)
-    laws = lambda pair: jax.nn.softmax(law(words(pair[0], vocab), rules, pair[1]))
+    laws = lambda pair: jax.nn.softmax(law(_drawable(pair[0], vocab), rules, pair[1]))
     p_ABV = jax.lax.map(laws, (logits_ABV, history_A))
     q_ABV = jax.nn.softmax(q_ABV)
     kept_B = _kept(p_ABV, q_ABV, tokens_AB, keys_B, written_B)
@@ -123,6 +125,17 @@ def _round(model, draft, end_B1, rules, keys_B, stops_A, state: _State, *, lengt
     state = dataclasses.replace(state, made=made, cache=_cut(cache, at, kept_B, used),
                                 draft_cache=_cut(draft_cache, at, kept_B, used))
     return _append(state, new_AB.T, logprobs_AB.T, kept_B + 1, stops_A, length)
+
+
+def _drawable(logits_BV, vocab: int):
+    """`words` of the ids that may be drawn and no others, so that laws of tables of two sizes can be compared."""
+    return words(logits_BV)[:, :vocab or None]
+
+
+def _known(batch: Batch, vocab: int) -> Batch:
+    """The prompts as a draft reads them: ids that are no words may be beyond its table, and it only guesses."""
+    source = {"source": _known(batch["source"], vocab)} if "source" in batch else {}
+    return batch | {"tokens": jnp.minimum(batch["tokens"], vocab - 1)} | source
 
 
 def _kept(p_ABV, q_ABV, tokens_AB, keys_B, written_B):
