@@ -147,9 +147,16 @@ def chat(speaker: Speaker, sampler: Sampler, args, tell) -> int:
     seed = args.seed
     for line in turns():
         messages.append({"role": "user", "content": line})
-        prompt = speaker.template.ids(messages)
-        for _, new, answer in text.stream(speaker, [prompt], sampler, seed=seed, **knobs):
-            print(new, end="", flush=True)
+        try:
+            prompt = speaker.template.ids(messages)
+            for _, new, answer in text.stream(speaker, [prompt], sampler, seed=seed, **knobs):
+                print(new, end="", flush=True)
+        except ConfigError as error:  # such as no more room; what was said before, where anything was, stands
+            if seed == args.seed:
+                raise
+            tell(f"{error}. Your last message is dropped")
+            messages.pop()
+            continue
         print()
         messages.append({"role": "assistant", "content": answer.text})
         seed += 1

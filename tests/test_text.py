@@ -1,6 +1,7 @@
 """Text comes out as it is written, never half a character, and of each prompt as if it were alone."""
 
 import dataclasses
+import io
 import json
 import pathlib
 import subprocess
@@ -174,6 +175,29 @@ def test_where_flags_are_silent_the_folder_says_how_to_draw(tmp_path, monkeypatc
         ids, lines = shown(do_sample, *flags)
         assert ids == text.answers(own, ["x"], sampler, length=8)[0].ids and lines == [f"as {place} says: {said}"]
     assert shown(True, "--beams=2")[1] == [f"as {place} says: --no_repeat_ngram_size=2"]
+
+
+def test_a_conversation_takes_few_widths(speaker):
+    widths = {text.prompted(speaker, [[1] * n], length=1, say=len)["tokens"].shape[1] for n in range(1, 4097, 31)}
+    assert widths == {*range(32, 257, 32), 512, 1024, 2048, 4096}
+
+
+def test_a_message_without_room_is_dropped_and_the_talk_goes_on(tmp_path, monkeypatch, capsys):
+    c = speakers.settings(positions="learned", max_length=512)
+    own = load(speakers.run(tmp_path / "run", c, {10: {"params": speakers.parameters(c)}}))
+    monkeypatch.setattr(parallel, "use", lambda mesh: None)
+    monkeypatch.setattr(program, "load", lambda path, say=print: own)
+
+    def talk(*lines):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        assert program.main(["", "--model=run", "--chat", "--length=4"]) == 0
+        return capsys.readouterr()
+
+    short, long = talk("hi", "there"), talk("hi", "x" * 599, "there")
+    assert long.out == short.out and "dropped" not in short.err
+    assert long.err.count("positions: cut it. Your last message is dropped") == 1
+    with pytest.raises(ConfigError, match="positions"):
+        talk("x" * 599)  # nothing was said before that could stand
 
 
 @pytest.mark.parametrize("last, code, said", [

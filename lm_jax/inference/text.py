@@ -19,7 +19,7 @@ from lm_jax.inference.sample import Sampler
 from lm_jax.models.positions import reach
 
 EVERY = 4  # tokens between looks at what was written
-WIDTH = 32  # prompts are padded to a multiple, so that few programs serve all
+WIDTH = 32  # prompts are padded to a multiple, or to a power of two of at least 256, so that few programs serve all
 UNDECIDED = 3  # bytes of a character that may still be to come, each shown as U+FFFD until it is whole
 
 
@@ -131,7 +131,7 @@ def prompted(speaker: Speaker, prompts: Sequence, *, length: int, say=print) -> 
     if cfg.positions == "rope" and (long := [i for i, ids in enumerate(rows) if len(ids) + new > most]):
         say(f"{len(long)} of {len(rows)} prompts, such as number {long[0]} of {len(rows[long[0]])} tokens with up to "
             f"{length} new ones, pass the {most} that this model was made for: it goes on, and may write badly there")
-    batch = hub.batch(cfg, rows, width=WIDTH)
+    batch = hub.batch(cfg, rows, width=_width(max(map(len, rows))))
     if cfg.encoder_depth:
         return hub.batch(cfg, [[speaker.start]] * len(rows)) | {"source": batch}
     return batch
@@ -143,6 +143,12 @@ def seeded(seed: int | Sequence[int], rows: int):
     if len(seeds) != rows:
         raise ConfigError(f"{len(seeds)} seeds for {rows} prompts: one for all, or one a prompt")
     return jax.vmap(jax.random.key)(jnp.array([int(one) % 2**32 for one in seeds], jnp.uint32))
+
+
+def _width(longest: int) -> int:
+    """What rows are padded to a multiple of: of a conversation that grows few lengths are new, and each is a program.
+    """
+    return WIDTH if longest <= 256 else 1 << (longest - 1).bit_length()
 
 
 def _writers(speaker, prompts, stop, length):
