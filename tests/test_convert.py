@@ -56,6 +56,9 @@ def test_a_run_becomes_a_folder_with_tokenizer_and_card_that_says_the_same(here)
     assert read.encode(text, add_special_tokens=False).ids == ids.tolist()
     assert read.encode(text).ids == [tokenizer.bos, *ids.tolist()], "as documents began"
     assert read.decode(ids.tolist()) == text
+    ran, there, asked = load.load(here / "run"), load.load(folder), [{"role": "user", "content": "which foxes ?"}]
+    assert (there.before, there.after, there.stops) == (ran.before, ran.after, ran.stops)
+    assert there.template.ids(asked) == ran.template.ids(asked)
     said = json.loads((folder / "config.json").read_text())
     assert said["architectures"] == ["LlamaForCausalLM"] and said["bos_token_id"] == tokenizer.bos
     card = (folder / "README.md").read_text()

@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from lm_jax.config import TransformerConfig
+from lm_jax.config import ConfigError, TransformerConfig
 from lm_jax.data import tokenizer
 from lm_jax.data.tokenizer_backends import Bytes, Pieces
-from lm_jax.hub import folder, vocabulary
+from lm_jax.hub import folder, frame, vocabulary
+from lm_jax.inference.chat import Template
 
 tokenizers = pytest.importorskip("tokenizers")
 SCRIPTS = [(0x41, 0x7A), (0xC0, 0x17F), (0x370, 0x3FF), (0x400, 0x4FF), (0x5D0, 0x5EA), (0x620, 0x64A), (0x900, 0x97F),
@@ -108,6 +109,44 @@ def test_what_stands_around_a_text_is_what_the_model_learned(changes, before, af
     assert theirs.encode("ab").ids == [ours.bos] * before + ours.encode("ab").tolist() + [ours.eos] * after
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (ours.bos, ours.eos, ours.pad)
+
+
+SAID = [{"role": "system", "content": "be <end> brief"}, {"role": "user", "content": "hi\n"},
+        {"role": "assistant", "content": " hello <user>"}, {"role": "user", "content": "漢字\n"}]
+PLAIN = [one | {"content": one["content"].replace("<", "(")} for one in SAID]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "byte"])
+def test_a_model_from_here_is_spoken_with_as_here(kind, tmp_path):
+    ours = Bytes() if kind == "byte" else Pieces(tokenizer.train(kind, strings(600, seed=10_000), vocab=2000))
+    exported(ours, tmp_path)
+    read = frame.of_folder(tmp_path)
+    there = Template.of_folder(tmp_path, read.settings, read.tokenizer)
+    said = PLAIN if kind == "unigram" else SAID  # which finds a special's letters as it finds any piece
+    assert there.ids(said) == Template.of_roles(ours).ids(said)
+    with pytest.raises(ConfigError, match="role pirate: one of system, user, assistant"):
+        there.ids([{"role": "pirate", "content": "arr"}])
+    told = json.loads((tmp_path / "generation_config.json").read_text())
+    assert told == {"pad_token_id": ours.pad, "bos_token_id": ours.bos, "eos_token_id": [ours.eos, ours.chat["end"]]}
+
+
+@pytest.mark.parametrize("changes, told", [
+    (dict(causal=False, head="mlm"), None), (dict(head="classes"), None), (dict(encoder_depth=2), 0)])
+def test_only_what_writes_is_told_how_to_and_a_decoder_what_it_begins_with(changes, told, tmp_path):
+    exported(Bytes(), tmp_path, **changes)
+    assert ("chat_template" in json.loads((tmp_path / "tokenizer_config.json").read_text())) == (told is not None)
+    found = folder.read_json(tmp_path / "generation_config.json")
+    assert found.get("decoder_start_token_id") == told and bool(found) == (told is not None)
+
+
+def test_transformers_writes_a_conversation_as_here(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    exported(Bytes(), tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    written = theirs.apply_chat_template(PLAIN, add_generation_prompt=True, return_dict=False)
+    assert written == Template.of_roles(Bytes()).ids(PLAIN)
+    told = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert told.eos_token_id == [Bytes().eos, Bytes().chat["end"]]
 
 
 def test_transformers_reads_the_tokenizer(tmp_path):

@@ -15,18 +15,24 @@ SPECIALS = ("pad", "bos", "eos", "mask")  # as transformers calls them, with "_t
 
 
 def write(folder: Path, tokenizer: Vocabulary, cfg: TransformerConfig):
-    """Write the tokenizer of a model into its folder, and into its config.json the ids that begin and end texts."""
+    """Write the tokenizer of a model into its folder, into its config.json the ids that begin and end texts, and, of a
+    model that writes, how it is spoken with: what ends an answer, and who speaks in a conversation."""
     file = WRITERS[type(tokenizer)](tokenizer)
     words = {token["id"]: token["content"] for token in file["added_tokens"]}
     named = {f"{name}_token": words[getattr(tokenizer, name)] for name in SPECIALS if getattr(tokenizer, name) in words}
     if not isinstance(tokenizer, HuggingFace):
         file["post_processor"] = _template(cfg, tokenizer, words)
+    ids = {f"{name}_token_id": getattr(tokenizer, name) for name in ("pad", "bos", "eos")}
+    ids |= {"decoder_start_token_id": tokenizer.pad} if cfg.encoder_depth else {}
+    writes = cfg.causal and cfg.head == "lm"
+    roles = {role: words[id] for role, id in tokenizer.chat.items() if id in words}
+    named |= {"chat_template": _chat(**roles)} if writes and len(roles) == len(tokenizer.chat) else {}
     _json(folder / "tokenizer.json", file)
     _json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named,
                                              "clean_up_tokenization_spaces": False})
-    ids = {f"{name}_token_id": getattr(tokenizer, name) for name in ("pad", "bos", "eos")}
-    ids |= {"decoder_start_token_id": tokenizer.pad} if cfg.encoder_depth else {}
     _json(folder / "config.json", disk.read_json(folder / "config.json") | ids)
+    if writes:
+        _json(folder / "generation_config.json", ids | {"eos_token_id": [tokenizer.eos, tokenizer.chat["end"]]})
 
 
 def spec(core: dict, added: list[dict], **parts) -> dict:
@@ -74,6 +80,15 @@ def _template(cfg, tokenizer, words) -> dict:
     used = {words[i]: {"id": words[i], "ids": [i], "tokens": [words[i]]} for i in (tokenizer.bos, tokenizer.eos)}
     pair = around("A") + text("B") + special(tokenizer.eos) * bool(after)
     return {"type": "TemplateProcessing", "single": around("A"), "pair": pair, "special_tokens": used}
+
+
+def _chat(*, end: str, **roles: str) -> str:
+    """A conversation as Jinja: <bos> <user> text <end> <assistant> text <end> <assistant>."""
+    refused = "{{ raise_exception('role ' + message['role'] + ': one of " + ", ".join(roles) + "') }}"
+    said = "{{ " + str(roles) + "[message['role']] + message['content'] + " + repr(end) + " }}"
+    return ("{{ bos_token }}{% for message in messages %}{% if message['role'] not in " + str([*roles]) + " %}" +
+            refused + "{% endif %}" + said + "{% endfor %}{% if add_generation_prompt %}{{ " +
+            repr(roles["assistant"]) + " }}{% endif %}")
 
 
 def _unigram(model) -> bool:
