@@ -11,7 +11,7 @@ from checkpoints import GOLDEN, SHOWN, TOKENS, close, same_tensors
 
 from lm_jax import hub
 from lm_jax.config import ConfigError, MoEConfig, RopeConfig, TransformerConfig
-from lm_jax.hub import families
+from lm_jax.hub import families, tensors
 from lm_jax.hub.model import _names
 from lm_jax.hub.settled import settled
 from lm_jax.models import flops, zoo
@@ -31,6 +31,18 @@ def test_a_family_gives_the_numbers_of_transformers_and_goes_out_as_it_came_in(n
     said = json.loads((tmp_path / "new/config.json").read_text())
     told = families.of_type(said["model_type"]).read(said, set(GOLDEN[name]["tensors"]))
     assert settled(told) == settled(model.cfg)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("name", ["t5", "t5-classes", "t5-tags"])
+def test_a_t5_whose_table_has_its_other_name_is_read(name, part, folder, tmp_path):
+    """As programs write it that keep one name of what several modules share."""
+    source = tensors.read(folder(name) / "model.safetensors")
+    arrays = {key.replace("shared", f"{part}.embed_tokens"): tensor.rows() for key, tensor in source.items()}
+    assert arrays.keys() != source.keys()
+    tensors.write(tmp_path / "model.safetensors", {n: (a.dtype, a.shape) for n, a in arrays.items()}, arrays.values())
+    (tmp_path / "config.json").write_text(json.dumps(GOLDEN[name]["config"]))
+    close(hub.logits(hub.load(tmp_path), [TOKENS]), hub.logits(hub.load(folder(name)), [TOKENS]), 1e-7)
 
 
 def test_padded_and_packed_rows_give_what_their_documents_give_alone(folder):

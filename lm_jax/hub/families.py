@@ -5,6 +5,7 @@ nothing else in the library knows the name of one.
 """
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 
@@ -35,6 +36,13 @@ class Family:
     seen: Callable[[set[str], str], dict] = lambda tensors, head: {}  # settings that only the tensors tell
     pools: dict[str, str] = field(default_factory=dict)  # head -> activation of the layer under it
     passed_over: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)  # tensors that hold nothing which is not known
+    aliases: dict[str, str] = field(default_factory=dict)  # patterns of a tensor's other names -> its own
+
+    def named(self, tensors: dict) -> dict:
+        """Tensors of a file, with those that it has only by another name under their own too."""
+        others = {re.sub(other, own, name): tensor for other, own in self.aliases.items()
+                  for name, tensor in tensors.items() if re.search(other, name)}
+        return others | tensors
 
     def read(self, hf: dict, tensors: set[str]) -> TransformerConfig:
         """The model that a config.json and the names of its tensors say."""
@@ -201,7 +209,8 @@ _all = (
         labels=CLASSIFIERS | {"classes": "classification_head.out_proj"},
         seen=lambda tensors, head: {"tied": "lm_head.weight" not in tensors},
         passed_over=(r"^(transformer\.)?(en|de)coder\.embed_tokens\.weight$",
-                     r"EncDecAttention\.relative_attention_bias")),
+                     r"EncDecAttention\.relative_attention_bias"),
+        aliases={r"\b(en|de)coder\.embed_tokens\.weight$": "shared.weight"}),
     Family("mixtral", _classes("Mixtral"), (
         *ROTARY, ropes.rope(1e6), say.window(None), NO_BIAS,
         say.experts(keys(), num_local_experts=("moe.experts", 8), num_experts_per_tok=("moe.top_k", 2))),
