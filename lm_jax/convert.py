@@ -5,22 +5,23 @@
     python -m lm_jax.convert folder hub:owner/name@word    # into the local hub, from where it is opened by this name
 
 What comes out is always such a folder: `lm_jax.hub.load` and `python -m lm_jax.generate` open one directly, so nothing
-is turned into a run. A model that came from a folder keeps its config.json, its tokenizer and every byte of the weights
-that it has a use for. What is not kept is said: weights of 8 bits a number (FP8) become the bfloat16 that they stand
-for, and their quantization_config goes; tensors of other heads and of layers that predict further tokens (MTP) are left
-out.
+is turned into a run. A model that came from a folder keeps its config.json, its tokenizer, card and licence, and every
+byte of the weights that it has a use for. What is not kept is said: weights of 8 bits a number (FP8) become the
+bfloat16 that they stand for, and their quantization_config goes; tensors of other heads and of layers that predict
+further tokens (MTP) are left out.
 Exit codes: 0 done, 2 this cannot be done: the message says why, 77 files are damaged, 79 no checkpoint is intact.
 """
 
 import argparse
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 from lm_jax import config, errors
 from lm_jax.errors import ConfigError
 
-LOCAL = "hub:"
+LOCAL, CARD = "hub:", "README.md"
 
 
 def main(argv):
@@ -70,14 +71,17 @@ def write(source: Path, target: Path, args):
     if source.resolve() == target.resolve():
         raise ConfigError(f"{target} is what is read: pass another folder to write to")
     if "train" not in record:
-        return hub.save(hub.load(source, weights=args.dtype), target, shard=args.shard)
+        hub.save(hub.load(source, weights=args.dtype), target, shard=args.shard)
+        if (source / CARD).is_file():  # what it says is as true of what comes out
+            shutil.copyfile(source / CARD, target / CARD)
+        return
     store.library()  # which makes the card
     step, model, tokenizer = load.run(source, config.from_dict(record))
     described = card.of(source, model.cfg, step)
     cast = lambda weight: weight.astype(args.dtype or weight.dtype)
     hub.save(jax.tree.map(cast, model), target, shard=args.shard)
     vocabulary.write(target, tokenizer, model.cfg)
-    described.save(target / "README.md")
+    described.save(target / CARD)
 
 
 def _made(folder: Path) -> Path:

@@ -88,6 +88,22 @@ def test_a_folder_goes_through_as_it_is(folder, here, capsys):
         convert.main(["convert", "out", "again", "--upload=me/out"])
 
 
+def test_card_and_licence_go_where_the_model_goes(folder, here):
+    for name in ("README.md", "LICENSE", "NOTICE"):
+        (folder("qwen3") / name).write_text(f"{name} of qwen3")
+    (here / "out").mkdir()
+    (here / "out/LICENSE").write_text("mine")
+    hub.save(hub.load(folder("gpt2")), "out")
+    assert (here / "out/LICENSE").read_text() == "mine", "of what was there without a model"
+    for target in ("out", "hub:me/qwen3"):
+        assert convert.main(["convert", str(folder("qwen3")), target]) == 0
+    for place in (here / "out", hub.path("me/qwen3")):
+        for name in ("README.md", "LICENSE", "NOTICE"):
+            assert (place / name).read_text() == f"{name} of qwen3"
+    hub.save(hub.load(folder("gpt2")), "out")
+    assert not (here / "out/LICENSE").exists(), "another model's"
+
+
 def test_the_local_hub_keeps_each_content_once_and_finds_it_by_name(folder, here):
     first = store.add(folder("gpt2"), "me/gpt2")
     again = store.add(folder("gpt2"), "me/gpt2@same")

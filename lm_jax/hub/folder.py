@@ -18,6 +18,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 COPIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
           "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "generation_config.json",
           "chat_template.jinja", "chat_template.json")
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")  # under which it may be passed on
 OLD_WORDS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # of files from TensorFlow
 
 
@@ -95,14 +96,15 @@ def write(folder: Path, hf: dict, entries: dict, tensor, *, shard: int = SHARD):
     disk.replace(folder / "config.json", [json.dumps(hf, indent=2, sort_keys=True), "\n"])
 
 
-def copy(source: Path | None, target: Path):
-    """Copy what travels with a model besides its weights; what another model has left there goes."""
+def copy(source: Path | None, target: Path, *, replaces: bool):
+    """Copy what travels with a model besides its weights; what another model has left there goes. A licence that is
+    there without a model may be of other things, and stays."""
     if source and source.resolve() == target.resolve():
         return
-    for name in COPIED:
+    for name in (*COPIED, *LICENCES):
         if source and (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-        else:
+        elif replaces or name in COPIED:
             (target / name).unlink(missing_ok=True)
 
 

@@ -61,10 +61,10 @@ def load(folder_or_name, *, weights: str | None = None, say=print, **settings) -
 def save(model: Transformer, path, *, like=None, shard: int = folder.SHARD):
     """Write a model as a folder that transformers and `load` read, each weight in the type that it has.
 
-    `like` is a folder of the same model (default: the one it was loaded from; "" for none): its tokenizer is copied,
-    and its config.json where that says what the model is. Else the family is the first that can say all of the model's
-    settings; ConfigError says what none can. Files hold at most `shard` bytes. A model that was in the folder is
-    replaced whole: its tokenizer goes too.
+    `like` is a folder of the same model (default: the one it was loaded from; "" for none): its tokenizer and licence
+    are copied, and its config.json where that says what the model is. Else the family is the first that can say all of
+    the model's settings; ConfigError says what none can. Files hold at most `shard` bytes. A model that was in the
+    folder is replaced whole: its tokenizer goes too.
     """
     if model.decoder.apart is not None:
         raise ConfigError("the model was taken apart to decode on a CPU: save the one it was made from, as hub.load "
@@ -81,7 +81,7 @@ def save(model: Transformer, path, *, like=None, shard: int = folder.SHARD):
     replaced = (target / "config.json").exists()
     folder.write(target, hf, writer.entries(), writer.tensor, shard=shard)
     if like or replaced:
-        folder.copy(Path(like) if like else None, target)
+        folder.copy(Path(like) if like else None, target, replaces=replaced)
 
 
 def logits(model: Transformer, tokens, decoder_tokens=None) -> np.ndarray:

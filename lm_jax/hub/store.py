@@ -24,7 +24,7 @@ from lm_jax.errors import ConfigError
 
 NAME = re.compile(r"(?P<repo>([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?")
 LARGE = (".safetensors", ".model", ".bin", ".onnx", ".gguf")  # what the hub keeps beside git, by SHA-256
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]  # of a repository; never a pickle
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", *folder.LICENCES]  # never a pickle
 UNWANTED = ["*/*", "consolidated*"]  # of those: the same model once more, for ONNX or as who trained it keeps it
 
 
