@@ -109,6 +109,15 @@ def test_a_chat_template_that_is_no_text_is_damage(tmp_path):
         load(speakers.published(tmp_path / "other", template=7))
 
 
+def test_what_a_template_marks_as_learnt_is_written(folder):
+    """As by transformers, where such a block has variables of its own."""
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "oh"}]
+    source = ("{% set own = 'outer' %}{% for one in messages %}\n{% if one.role == 'assistant' %}\n{% generation %}\n"
+              "{% set own = 'inner' %}{{ one.content + own }}\n{% endgeneration %}\n{{ own }}{% else %}"
+              "{{ one.content }}{% endif %}{% endfor %}")
+    assert dataclasses.replace(load(folder).template, source=source).written(said) == "hiohinner\nouter"
+
+
 def test_a_template_runs_in_a_sandbox(folder, tmp_path):
     template = load(folder).template
     for source, message in (("{{ ''.__class__.__mro__ }}", "unsafe"), ("{{ raise_exception('no tools') }}", "no tools"),

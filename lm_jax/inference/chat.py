@@ -66,13 +66,7 @@ class Template:
 
     def written(self, messages: list[dict]) -> str:
         """The conversation as the template writes it, up to where the assistant goes on."""
-        try:
-            import jinja2
-            from jinja2.ext import loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError as error:
-            raise ConfigError("a chat template needs a package: pip install 'lm_jax[hf]'") from error
-        world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        world = _jinja()
         world.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         world.globals |= {"raise_exception": _refuse,
                           "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
@@ -103,6 +97,27 @@ def _role(message: dict, roles) -> str:
     if message["role"] not in roles:
         raise ConfigError(f"role {message['role']!r} in a conversation: {', '.join(name for name in roles)}")
     return message["role"]
+
+
+def _jinja():
+    """Jinja in a sandbox, with the tags that templates use besides its own."""
+    try:
+        from jinja2 import nodes
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise ConfigError("a chat template needs a package: pip install 'lm_jax[hf]'") from error
+
+    class Generation(Extension):
+        """{% generation %} .. {% endgeneration %} around what a model learns to say, which is written as it is."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
 
 
 def _refuse(message):
