@@ -16,6 +16,7 @@ from checkpoints import TOKENS, close, same_tensors
 from lm_jax import hub, parallel
 from lm_jax.config import ConfigError, MeshConfig
 from lm_jax.errors import DataError
+from lm_jax.hub import folder as folders
 from lm_jax.hub import stream, tensors
 from lm_jax.models import flops, transformer
 
@@ -68,26 +69,32 @@ def test_every_tensor_keeps_its_own_type(folder, tmp_path):
     assert np.abs(hub.logits(trained, [TOKENS]) - hub.logits(model, [TOKENS])).mean() < 0.03 * scale
 
 
-def test_weights_of_8_bits_are_read_with_the_scales_of_their_blocks(folder, tmp_path):
-    source = {name: tensor.rows() for name, tensor in tensors.read(folder("llama") / "model.safetensors").items()}
-    name = "model.layers.1.mlp.up_proj.weight"
-    small = source[name].astype(ml_dtypes.float8_e4m3fn)
-    arrays = source | {name: small, f"{name}_scale_inv": np.full((1, 1), 0.5, np.float32)}
-    (tmp_path / "config.json").write_text((folder("llama") / "config.json").read_text())
+def test_weights_of_8_bits_are_read_with_the_scales_of_their_blocks(tmp_path):
+    """Blocks of 128 x 128, those at the edges smaller; by rows, as a mesh reads them."""
+    rng = np.random.default_rng(0)
+    small = rng.standard_normal((300, 200)).astype(ml_dtypes.float8_e4m3fn)
+    scales = np.array([[1, 2], [4, 8], [16, 32]], np.float32) / 3
+    arrays = {"up.weight": small, "up.weight_scale_inv": scales, "norm.weight": np.ones(4, np.float32)}
     tensors.write(tmp_path / "model.safetensors", {n: (a.dtype, a.shape) for n, a in arrays.items()}, arrays.values())
-    read = np.asarray(hub.load(tmp_path).decoder.blocks.mlp.up.w[...][1])
-    np.testing.assert_array_equal(read.T.astype(np.float32), small.astype(np.float32) * 0.5)
+    read = folders.read(tmp_path)
+    assert read.keys() == {"up.weight", "norm.weight"} and read["up.weight"].shape == (300, 200)
+    expected = np.array([[small[i, j] * scales[i // 128, j // 128] for j in range(200)] for i in range(300)])
+    for start, stop in ((0, None), (0, 128), (100, 140), (127, 129), (256, 300), (299, 300), (140, 140)):
+        found = read["up.weight"].rows(start, stop)
+        assert found.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(found, expected[start:stop].astype(ml_dtypes.bfloat16))
 
 
 def test_weights_of_8_bits_are_said_and_other_blocks_refused(folder, tmp_path):
     up = "model.layers.1.mlp.up_proj.weight"
     source = {name: tensor.rows() for name, tensor in tensors.read(folder("llama") / "model.safetensors").items()}
     arrays = source | {up: source[up].astype(ml_dtypes.float8_e4m3fn),
-                       f"{up}_scale_inv": np.ones((1, 1), np.float32)}
+                       f"{up}_scale_inv": np.full((1, 1), 0.5, np.float32)}
     (tmp_path / "config.json").write_text((folder("llama") / "config.json").read_text())
     tensors.write(tmp_path / "model.safetensors", {n: (a.dtype, a.shape) for n, a in arrays.items()}, arrays.values())
     said = []
-    hub.load(tmp_path, say=said.append)
+    read = np.asarray(hub.load(tmp_path, say=said.append).decoder.blocks.mlp.up.w[...][1])
+    np.testing.assert_array_equal(read.T.astype(np.float32), arrays[up].astype(np.float32) * 0.5)
     assert len(said) == 1 and "1 tensors of 8 bits a number are kept as the bfloat16 that they stand for" in said[0]
     spoil(tmp_path, quantization_config={"weight_block_size": [64, 128]})
     with pytest.raises(ConfigError, match="weight_block_size=.64, 128.*only .128, 128. can be read"):
