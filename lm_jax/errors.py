@@ -4,6 +4,8 @@ import errno
 import os
 import select
 import sys
+import threading
+import traceback
 
 from lm_jax import credentials
 
@@ -44,6 +46,15 @@ def told(error: BaseException, *, again: str = AGAIN, memory: str = MEMORY) -> t
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # as JAX raises it
         return f"{str(error).splitlines()[0][:200]}: {memory}", 2
     return None
+
+
+def stacks() -> str:
+    """Where each thread is, the innermost call first; nothing is read or written for it, and so nothing waited for."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    where = lambda frame: "\n".join(f'  File "{inner.f_code.co_filename}", line {line}, in {inner.f_code.co_name}'
+                                    for inner, line in traceback.walk_stack(frame))
+    return "\n\n".join(f"Thread {names.get(number, number)}:\n{where(frame)}"
+                       for number, frame in sys._current_frames().items())
 
 
 class Failure(Exception):

@@ -7,7 +7,6 @@ device, so a thread of its own hears signals and news, and ends the process if t
 """
 
 import contextlib
-import faulthandler
 import json
 import os
 import signal
@@ -20,12 +19,11 @@ import traceback
 import jax
 
 from lm_jax import peers
-from lm_jax.errors import Stopped, told
+from lm_jax.errors import Stopped, stacks, told
 
 GRACE = 5.0  # seconds in which the main thread may come out of what it does
 OWN = 1.5  # seconds for a reason of its own, before it ends for that of another process
 TWICE = 1.0  # seconds in which a signal that comes again is the same: `timeout` sends it to a process, then its group
-SAVING = 1800.0  # seconds for which one process may save while the others, which have, wait to end with it
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOPPED = "stopped by {}; the same command goes on from what was saved".format
 _present = None  # what `ending` is in force: signals are the process's, and so is this
@@ -223,7 +221,7 @@ class _Ending:
 
         def end():
             if not self.over.wait(GRACE) and self._due() and not self.honoured:
-                peers.depart(Stopped.code, STOPPED(self.why), limit=SAVING)
+                peers.depart(Stopped.code, STOPPED(self.why), limit=peers.LONG)
 
         threading.Thread(target=end, name="grace", daemon=True).start()
 
@@ -233,8 +231,7 @@ class _Ending:
             return
         said = f"process {news['process']} ends with code {news['code']}: {news['why']}"
         if news["code"] == peers.LostError.code:
-            print(f"{said}. Stacks of this one's threads:", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(sys.stderr)
+            print(f"{said}. Stacks of this one's threads:\n{stacks()}", file=sys.stderr, flush=True)
         peers.depart(news["code"], said)
 
 
@@ -244,7 +241,7 @@ def _failed(error: BaseException):
     if code == 1:
         traceback.print_exception(error)
     if isinstance(error, Stopped):
-        peers.depart(code, message, limit=SAVING)
+        peers.depart(code, message, limit=peers.LONG)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         peers.tell(code, message)
     peers.depart(code, message)

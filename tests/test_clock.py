@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from lm_jax import clock
+from lm_jax import clock, faults, lease, peers
 from lm_jax.clock import Clock
 
 TRAIN = """
@@ -82,6 +82,58 @@ def test_a_clock_that_was_put_back_and_a_damaged_account_make_no_time(tmp_path):
             assert timer.account()["phases"].get("idle", 0.0) == 0
 
 
+def test_a_clock_that_was_put_on_makes_no_time_but_after_a_boot(tmp_path):
+    for host, idle in ((lease.HOST, 0.0), ("another boot", 3600.0)):
+        moment = clock._moment() | {"until": time.time() - 3600, "host": host}
+        (tmp_path / "phases.json").write_text(json.dumps(moment | {"seconds": {"step": 5.0}}))
+        with Clock() as timer:
+            timer.watch(tmp_path, writes=True, patience=0.0)
+            assert timer.account()["phases"]["idle"] == pytest.approx(idle, abs=5)
+
+
+HANGS = """
+import os, pathlib, sys, threading
+from lm_jax import clock
+clock.RECORD, clock.TICK, clock.SHOWN, clock.LAST = 0.05, 0.1, 0.2, 2.0
+folder, full = pathlib.Path(sys.argv[1]), sys.argv[2] == "full"
+timer = clock.Clock()
+timer.watch(folder, writes=True, patience=1e-3)
+for name in () if full else (".building-phases.json", "stacks.txt"):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)  # who opens it waits for one who reads
+os.set_blocking(2, not full)
+try:
+    while full:
+        os.write(2, b"x")
+except BlockingIOError:
+    os.set_blocking(2, True)
+print("full", flush=True)
+with timer.phase("wait"):
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("what", ["disk", "full"])
+def test_what_hangs_ends_also_where_that_is_the_disk_or_who_reads_its_errors(tmp_path, what):
+    process = subprocess.Popen([sys.executable, "-c", HANGS, str(tmp_path), what], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == "full\n"
+        assert process.wait(timeout=30) == clock.HUNG
+        said = process.stderr.read()
+        assert what == "full" or "in phase 'wait': this process hangs" in said and "in <module>" in said
+    finally:
+        process.kill()
+        process.communicate()
+    assert what == "disk" or "in <module>" in (tmp_path / "stacks.txt").read_text()
+
+
+def test_each_phase_has_a_limit_and_those_of_checkpoints_are_what_the_others_wait():
+    phases = {place for place in faults.PLACES if "/" not in place} | {"start"}  # held to the sources by test_faults
+    assert clock.LIMITS.keys() == phases
+    assert clock.LIMITS["save"] == clock.LIMITS["restore"] == peers.LONG
+
+
 def test_a_run_whose_loader_hangs_ends_with_the_stacks_of_its_threads(tmp_path):
     argv = [*SETTINGS, f"--workdir={tmp_path}/run", f"--config.data.root={tmp_path}/data"]
     found = subprocess.run([sys.executable, "-c", TRAIN, *argv], text=True, capture_output=True, timeout=300)
@@ -98,7 +150,7 @@ def test_a_run_whose_loader_hangs_ends_with_the_stacks_of_its_threads(tmp_path):
 
 
 def test_the_watchdog_sleeps_where_it_is_told_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(clock, "LIMITS", {"wait": 0.1})
+    monkeypatch.setitem(clock.LIMITS, "wait", 0.1)
     monkeypatch.setattr(clock, "TICK", 0.02)
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("it ended the process"))
     for patience, phase in ((0.0, "wait"), (100.0, "wait"), (1.0, "data")):
