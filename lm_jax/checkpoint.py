@@ -168,7 +168,7 @@ class Checkpoints:
 
     def _told(self, name: str, value):
         """What process 0 has, where others may have something else."""
-        return json.loads(peers.exchange(name, json.dumps(value), limit=peers.LONG)[0])
+        return peers.told(name, value, limit=peers.LONG)
 
     def _read(self, step, leaves, *, partial) -> dict:
         item, folder = fingerprint.nested(leaves), epath.Path(self.folder / str(step) / "arrays")

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from lm_jax import cluster
-from lm_jax.errors import ConfigError, Failure, told
+from lm_jax import cluster, errors
+from lm_jax.errors import ConfigError, Failure
 from lm_jax.parallel import activation
-from lm_jax.peers import BRIEF, LostError, exchange
+from lm_jax.peers import BRIEF, LostError, exchange, told
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"  # no atomics, no choice by stopwatch
 # Seconds in which all processes must have come: images are pulled and nodes booted at different speeds.
@@ -73,7 +73,7 @@ def together(work, name: str = "start", *, limit: float = BRIEF):
                 result = work()
             except Exception as e:
                 error = e
-        ends = exchange(f"{name}/{turn}", json.dumps(error and (told(error) or (str(error), 1))), limit=limit)
+        ends = exchange(f"{name}/{turn}", json.dumps(error and (errors.told(error) or (str(error), 1))), limit=limit)
         if error:
             raise error
         for number, end in enumerate(map(json.loads, ends)):
@@ -93,7 +93,7 @@ def same(**digests: str):
 
 def mark() -> str:
     """A word that this run's processes know and no other run's; empty for a process that is alone."""
-    return exchange("mark", secrets.token_hex(8))[0] if jax.process_count() > 1 else ""
+    return told("mark", secrets.token_hex(8)) if jax.process_count() > 1 else ""
 
 
 def rows_here(batch: int) -> np.ndarray:

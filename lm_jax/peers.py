@@ -22,7 +22,8 @@ LONG = 5400.0  # for what moves the bytes of a whole model
 ENDLESS = 7 * 86_400.0  # for what one process does while the others wait, such as preparing data
 PARTING = 5.0  # for an answer of processes that are to end; less than what JAX takes to miss one
 SLICE = 1.0  # of a wait, after which signals are heard
-_asked = itertools.count()  # exchanges so far: the same on all processes, which ask the same in the same order
+_asked = itertools.count()  # questions so far: the same on all processes, which ask the same in the same order
+PAGE = 64  # questions; when all have come to the first of a page, what was said on the one before it is thrown away
 
 
 class LostError(Failure):
@@ -46,15 +47,19 @@ def exchange(name: str, text: str, *, limit: float = BRIEF) -> list[str]:
 
     LostError names those that have not come in `limit` seconds.
     """
-    if count() == 1:
-        return [text]
-    name = f"{next(_asked)}/{name}"
-    put(f"{name}/{number()}", text)
-    if missing := _missing(name, range(count()), limit):
-        raise LostError(f"process {missing} did not come to {name.partition('/')[2]!r} in {limit:g} s, where others "
-                        "wait: look for what keeps it; the same command goes on from what was saved")
-    words = found(name)
-    return [words[str(n)] for n in range(count())]
+    return [text] if count() == 1 else _gathered(next(_asked), name, text, limit)
+
+
+def told(name: str, value, *, limit: float = BRIEF):
+    """What process 0 has to say under a name, as JSON has it: it says so and goes on, and the others wait for it."""
+    text = json.dumps(value)
+    if count() > 1 and (asked := next(_asked)) % PAGE == 0:
+        text = _gathered(asked, name, text, limit)[0]
+    elif count() > 1 and number() == 0:
+        put(f"{_place(asked)}/answer", text)
+    elif count() > 1 and (text := get(f"{_place(asked)}/answer", limit)) is None:
+        raise _lost("0", name, limit)
+    return json.loads(text)
 
 
 def put(key: str, text: str):
@@ -136,6 +141,31 @@ def _parted(limit: float) -> str:
         return missing
     except jax.errors.JaxRuntimeError:
         return "0"
+
+
+def _gathered(asked: int, name: str, text: str, limit: float) -> list[str]:
+    """The words of all, which process 0 gathers: each of the others asks the store once, however many there are."""
+    place = _place(asked)
+    put(f"{place}/said/{number()}", text)
+    if number() == 0:
+        missing, words = _missing(f"{place}/said", range(1, count()), limit), found(f"{place}/said")
+        put(f"{place}/answer", json.dumps([missing, words]))
+        if asked % PAGE == 0 and not missing:
+            take_back(_place(asked - 1).rpartition("/")[0])
+    else:
+        missing, words = json.loads(get(f"{place}/answer", limit + PARTING) or '["0", {}]')
+    if missing:
+        raise _lost(missing, name, limit)
+    return [words[str(n)] for n in range(count())]
+
+
+def _place(asked: int) -> str:
+    return f"asked/{asked // PAGE}/{asked}"
+
+
+def _lost(missing: str, name: str, limit: float) -> LostError:
+    return LostError(f"process {missing} did not come to {name!r} in {limit:g} s, where others wait: look for what "
+                     "keeps it; the same command goes on from what was saved")
 
 
 def _missing(name: str, numbers, limit: float) -> str:

@@ -119,9 +119,49 @@ def test_one_that_hangs_ends_all_with_stacks_and_one_that_is_busy_ends_none(laun
     assert "in phase 'step'" in (tmp_path / "stacks.txt").read_text()
 
 
+ASKS = """
+import sys
+from lm_jax import errors, hosts, peers
+def main(argv):
+    hosts.start(*argv[1:4])
+    me, asked, get, peers.PAGE = int(argv[3]), [], peers.get, 8
+    def seen(*what):
+        asked.append(what)
+        return get(*what)
+    peers.get = seen
+    assert peers.exchange("numbers", str(me)) == ["0", "1", "2", "3"] and (len(asked) == 1 or not me), asked
+    if me:
+        assert get("process 0 went on", 60.0) == "yes"
+    assert peers.told("number", [me], limit=60.0) == [0] and (len(asked) == 2 or not me), asked
+    if not me:
+        peers.put("process 0 went on", "yes")
+    for n in range(100):
+        assert peers.told("number", n if not me else None) == n
+    peers.exchange("end", "")
+    left = [key for key, _ in peers._store().key_value_dir_get("lm_jax/asked/")]
+    assert len(left) < 2 * 8 * 5, left
+    print("well", flush=True)
+    peers.exchange("end", "")
+errors.run(main)
+"""
+
+
+def test_a_question_costs_each_process_one_look_and_leaves_nothing_behind():
+    at = f"127.0.0.1:{free_port()}"
+    running = [python(ASKS, [at, "4", str(n)]) for n in range(4)]
+    try:
+        for process in running:
+            out, said = process.communicate(timeout=120)
+            assert (process.returncode, out.splitlines()[-1:]) == (0, ["well"]), said
+    finally:
+        for process in running:
+            process.kill()
+
+
 def test_a_process_alone_hears_only_itself():
     assert peers.count() == 1 and peers.number() == 0
     assert peers.exchange("anything", "word", limit=0.0) == ["word"]
+    assert peers.told("anything", (3, None), limit=0.0) == [3, None], "as JSON has it"
 
 
 NETWORK = """
