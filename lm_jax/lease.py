@@ -10,9 +10,11 @@ import atexit
 import contextlib
 import json
 import os
+import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lm_jax import disk
@@ -25,11 +27,13 @@ HOST = f"{socket.gethostname()} {BOOT.read_text().strip() if BOOT.exists() else 
 
 
 class Lease:
-    """Held until `close` or the process's end; for one who has the folder's lock, so that no other of this host has."""
+    """Held until `close` or the process's end. Who is `alone` has the folder's lock, so that no other of this host has;
+    `lost` is called, with why, where the folder was taken over: it ends the process."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, alone: bool, lost: Callable[[str], None]):
         """Take it; waits until it is known whether one who seems to have it lives: ConfigError if so."""
         self.path, self._beats, self._over = folder / "lease", 0, threading.Event()
+        self._alone, self._lost = alone, lost
         while not self._create():
             self._outlive()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -46,7 +50,21 @@ class Lease:
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        """Write the lease, if there is none."""
+        """Make the lease, if there is none, whole from its first moment where the disk can link files."""
+        made = self.path.with_name(f".lease-{secrets.token_hex(8)}")
+        try:
+            made.write_text(self._text())
+            try:
+                os.link(made, self.path)
+            except FileExistsError:
+                return made.stat().st_nlink == 2  # NFS may ask twice, and then meets its own link
+            except OSError:
+                return self._write_if_none()
+        finally:
+            made.unlink(missing_ok=True)
+        return True
+
+    def _write_if_none(self) -> bool:
         try:
             with open(self.path, "x") as file:
                 file.write(self._text())
@@ -57,10 +75,8 @@ class Lease:
     def _outlive(self):
         """Return when whoever left the lease is dead, and it is out of the way."""
         first, patience = self._seen(), STALE
-        if not _read(first):
-            patience = BEAT / 10  # just made, or left by one who could not write it
-        elif _read(first)["host"] == HOST:
-            patience = 0  # of this host, whose lock is ours: its process is gone
+        if self._alone and _read(first).get("host") == HOST:
+            patience = 0  # its process is gone
         else:
             print(f"{self.path.parent} was in use by {_holder(first)}: watching for {STALE:.0f} s whether it still is",
                   flush=True)
@@ -81,9 +97,12 @@ class Lease:
 
     def _beat(self):
         if (seen := self._seen()) not in (None, self._text()):
-            print(f"error: {self.path.parent} was taken over by {_holder(seen)} while this process was not heard of: "
-                  "it ends, and leaves the folder as it is", flush=True)
-            os._exit(ConfigError.code)
+            _held.discard(self)
+            try:
+                self._lost(f"{self.path.parent} was taken over by {_holder(seen)} while this process was not heard of: "
+                           "it ends, and leaves the folder as it is")
+            finally:  # also where nobody reads that
+                os._exit(ConfigError.code)
         before = self._beats
         try:
             self._beats += 1

@@ -3,6 +3,7 @@
     <workdir>/config.json manifest.json metrics.jsonl checkpoints/ plots/ summary.json lock lease mark
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -12,7 +13,7 @@ import socket
 import time
 from pathlib import Path
 
-from lm_jax import disk
+from lm_jax import disk, peers
 from lm_jax.config import difference
 from lm_jax.errors import REFUSED, ConfigError
 from lm_jax.lease import Lease
@@ -21,6 +22,7 @@ from lm_jax.lease import Lease
 FREE = ("name:", "mesh.", "data.root:", "model.remat:", "model.attention:", "train.microbatches:", "train.log_every:",
         "train.eval_every:", "train.eval_rows:", "train.checkpoint_every:", "train.keep:", "train.loggers:",
         "train.profile:", "train.watchdog:", "train.deterministic:", "train.rollbacks:", "train.compare_every:")
+LOCKLESS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # of flock: as Lustre may be mounted
 SEEN = 10  # seconds in which a file that one host writes in a shared folder is seen by the others
 
 
@@ -134,8 +136,8 @@ class Workdir:
 
     def _claim(self):
         """Take the lock, which the system frees when its holder dies, however it dies, and the lease, which other
-        hosts see."""
-        lock = open(self.path / "lock", "a+")
+        hosts see, and which is all there is where the disk knows no locks."""
+        lock, alone = open(self.path / "lock", "a+"), True
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -144,11 +146,17 @@ class Workdir:
             lock.close()
             raise ConfigError(f"{self.path} is in use by {holder}: wait until it ends, or pass another "
                               "--workdir") from None
+        except OSError as e:
+            if e.errno not in LOCKLESS:
+                raise
+            alone = False
+            print(f"{self.path} is on a disk without locks ({e.strerror}): its lease alone keeps other trainers out",
+                  flush=True)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         try:
-            self._lease = Lease(self.path)
+            self._lease = Lease(self.path, alone=alone, lost=_lost)
         except BaseException:
             lock.close()
             raise
@@ -164,6 +172,13 @@ def plain(value):
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lost(why: str):
+    """End all processes of the run, whose folder is another's now."""
+    with contextlib.suppress(RuntimeError):
+        peers.tell(ConfigError.code, why)
+    peers.depart(ConfigError.code, why)
 
 
 def _rows(path: Path):
