@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import tiny
-from lm_jax import config, parallel
+from lm_jax import config, faults, parallel
 from lm_jax.data import store
 from lm_jax.recipes import pretrain, report
 from lm_jax.workdir import Workdir
@@ -42,15 +42,28 @@ def test_the_outcome_is_said_first(status):
     assert text.startswith(f"{status}: 30 steps, 1,000 tokens, 1e+09 FLOPs")
 
 
-def test_what_a_mesh_does_not_divide_is_said(tmp_path):
-    """Sizes of weights, and rows of 36 tokens over a sequence of 8, by the same words that a plan has."""
+@pytest.fixture
+def recipe(tmp_path):
     data = config.DataConfig(sources="markov:documents=60,length=35", root=str(tmp_path), tokenizer="byte", length=36)
     c = config.Config(model=tiny.settings(vocab=0, depth=1, kv_heads=2), data=data,
                       train=config.TrainConfig(batch=8, steps=2), optim=config.OptimConfig(warmup=1))
-    recipe = pretrain.Pretraining(c, store.prepare(c.data, say=lambda line: None))
+    return pretrain.Pretraining(c, store.prepare(c.data, say=lambda line: None))
+
+
+def test_what_a_mesh_does_not_divide_is_said(recipe):
+    """Sizes of weights, and rows of 36 tokens over a sequence of 8, by the same words that a plan has."""
     for sizes, said in ((dict(model=8), "K (2 key heads) over model 8, N (4 query heads) over model 8"),
                         (dict(sequence=8), "T (36 tokens of a row) over sequence 8")):
         mesh = parallel.make_mesh(config.MeshConfig(fsdp=1, **sizes))
         with jax.set_mesh(mesh):
             assert report.headline(recipe, dict(mesh.shape)).endswith(f"kept whole on each device: {said}")
     assert "kept whole" not in report.headline(recipe, {}), "without a mesh there is nothing to divide"
+
+
+def test_faults_on_demand_are_said_and_recorded_with_their_start(recipe, monkeypatch):
+    monkeypatch.setenv(faults.VARIABLE, "nan@step=2")
+    first = report.manifest(recipe, {}, None)
+    assert report.headline(recipe, {}).endswith("\nfaults will be done to this run: LM_JAX_FAULTS=nan@step=2")
+    monkeypatch.delenv(faults.VARIABLE)
+    assert "faults" not in report.headline(recipe, {})
+    assert [start["faults"] for start in report.manifest(recipe, {}, first)["starts"]] == ["nan@step=2", ""]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import lzma
+import os
 import platform
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lm_jax import config
+from lm_jax import config, faults
 from lm_jax.data.loader import validation
 from lm_jax.inference.generate import generate
 from lm_jax.inference.sample import Sampler
@@ -27,12 +28,13 @@ PROMPT, ANSWER = 32, 96  # tokens
 def manifest(recipe: Pretraining, mesh: dict, before: dict | None) -> dict:
     """All that must be known to repeat a run or to compare it: config, code, data, libraries, devices, counts.
 
-    `starts` has code and devices of each start of the run; those of earlier ones are `before`'s.
+    `starts` has code, devices and faults on demand of each start of the run; those of earlier ones are `before`'s.
     """
     c, model = recipe.config, recipe.model_config
     device = jax.devices()[0]
     start = {"code_revision": _revision(), "versions": _versions(), "device": device.device_kind,
-             "platform": device.platform, "devices": jax.device_count(), "processes": jax.process_count(), "mesh": mesh}
+             "platform": device.platform, "devices": jax.device_count(), "processes": jax.process_count(), "mesh": mesh,
+             "faults": _faults()}
     return {
         "config": config.to_dict(c), "config_digest": config.digest(config.to_dict(c)), "seed": c.seed,
         "data_digest": recipe.store.digest, "data": str(recipe.store.path), "tokenizer": recipe.store.tokenizer.digest,
@@ -48,6 +50,7 @@ def headline(recipe: Pretraining, mesh: dict) -> str:
         f"\nthe warm-up of {c.optim.warmup} steps is not over when the run is: the peak learning rate is not reached")
     whole = ", ".join(replicated(dataclasses.replace(c, model=recipe.model_config)))
     short += f"\nsizes that do not divide their axis of the mesh, kept whole on each device: {whole}" if whole else ""
+    short += f"\nfaults will be done to this run: {faults.VARIABLE}={_faults()}" if _faults() else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
     rows = c.train.batch * c.train.steps
     return (f"{c.name}: {n['total']:,} parameters ({n['non_embedding']:,} without embeddings), "
@@ -174,6 +177,10 @@ def _xz(store) -> float:
 
 def _held_out_bytes(recipe):
     return sum(split["bytes"] for split in recipe.store.manifest["splits"]["validation"].values())
+
+
+def _faults() -> str:
+    return os.environ.get(faults.VARIABLE, "")
 
 
 def _versions() -> dict[str, str]:
