@@ -125,6 +125,13 @@ def test_a_point_over_its_time_saves_and_is_given_up_after_its_attempts(tmp_path
     assert "over 0.005 minutes" in json.loads((tmp_path / "points/slow/failure.json").read_text())["why"]
 
 
+def test_a_clock_that_is_put_on_ends_no_point_before_its_time(tmp_path, monkeypatch):
+    run, now = pool(tmp_path, jobs(tmp_path, {"a": ("ok", 1)}, minutes=10), retries=0), time.time
+    until(lambda: run._step() and began(tmp_path, "a"))
+    monkeypatch.setattr(time, "time", lambda: now() + 86_400)
+    assert run.run() == "ok" and len(began(tmp_path, "a")) == 1
+
+
 def test_a_signal_to_the_pool_has_its_points_save_and_end(tmp_path):
     points = {"a": ("ok", 60), "b": ("ok", 60)}
     running = other(tmp_path, points)

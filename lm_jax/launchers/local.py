@@ -42,12 +42,12 @@ class Running:
     job: Job
     process: subprocess.Popen
     locks: list
-    deadline: float  # in time.time()
+    deadline: float  # in time.monotonic(), which all processes of a machine share and nobody sets
     told: float = 0.0  # when it was told to stop
 
     def stop(self, number: int):
         """A signal to all processes of the point."""
-        self.told = self.told or time.time()
+        self.told = self.told or time.monotonic()
         _signal(self.process.pid, number)
 
 
@@ -133,7 +133,7 @@ class Pool:
         with open(job.folder / "log.txt", "a") as log:
             process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                                        env=os.environ | slot.env, pass_fds=[lock.fileno() for lock in locks])
-        deadline = time.time() + 60 * job.minutes if job.minutes else float("inf")
+        deadline = time.monotonic() + 60 * job.minutes if job.minutes else float("inf")
         for lock in own:
             lock.write(json.dumps({"host": HOST, "pid": process.pid, "pool": os.getpid(),
                                    "deadline": job.minutes and deadline}))
@@ -145,16 +145,16 @@ class Pool:
         """Stop a point whose time is over; settle one that has ended."""
         code = run.process.poll()
         if code is None:
-            if time.time() > run.deadline and not run.told:
+            if time.monotonic() > run.deadline and not run.told:
                 self.say(f"{run.job.id} is over its limit of {run.job.minutes:g} minutes: stopped")
                 run.stop(signal.SIGTERM)
-            if run.told and time.time() > run.told + GRACE:
+            if run.told and time.monotonic() > run.told + GRACE:
                 run.stop(signal.SIGKILL)
             return
         run.stop(signal.SIGKILL)  # whatever it has left behind
         _free(run.locks)
         del self.running[run.job.id]
-        self._settle(run.job, code, late=time.time() > run.deadline)
+        self._settle(run.job, code, late=time.monotonic() > run.deadline)
 
     def _settle(self, job: Job, code: int, *, late: bool):
         """What becomes of a point whose process has ended."""
@@ -191,7 +191,7 @@ class Pool:
             _free(own)
         else:
             self.at[job.id] = "elsewhere"
-            if (holder := self._orphan(job)) and 0 < holder["deadline"] < time.time():
+            if (holder := self._orphan(job)) and 0 < holder["deadline"] < time.monotonic():
                 self._end(job, holder)
 
     def _found(self, job: Job) -> str | None:
@@ -211,7 +211,7 @@ class Pool:
             self.told.add(job.id)
             self.say(f"{job.id} is over its limit of {job.minutes:g} minutes: stopped")
             _signal(holder["pid"], signal.SIGTERM)
-        elif holder["deadline"] < time.time() - GRACE:
+        elif holder["deadline"] < time.monotonic() - GRACE:
             _signal(holder["pid"], signal.SIGKILL)
 
     def _orphan(self, job: Job) -> dict | None:
@@ -257,7 +257,7 @@ class Pool:
                     self.at[run.job.id] = run.job.outcome() or "waiting"
                     _free(run.locks)
                     del self.running[run.job.id]
-                elif time.time() > run.told + GRACE:
+                elif time.monotonic() > run.told + GRACE:
                     run.stop(signal.SIGKILL)
             time.sleep(0.05)
 

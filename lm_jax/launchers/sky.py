@@ -63,7 +63,7 @@ def _task(jobs: Sequence[Job], name: str, topology: Topology, given: dict) -> di
 
 
 def _setup(extra: str) -> str:
-    """Python 3.12 and the dependencies, once a machine."""
+    """Python 3.12 and the dependencies, once a machine: by uv, as pip takes no digests beside what is editable."""
     python = f"{VENV}/bin/python"
     make = f'python3 -m pip install --quiet uv && python3 -m uv venv --quiet --python 3.12 "{VENV}"'
     install = f'python3 -m uv pip install --quiet --python "{python}" -c requirements.lock -e ".[{extra}]"'
