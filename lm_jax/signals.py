@@ -24,6 +24,7 @@ from lm_jax.errors import Stopped, stacks, told
 GRACE = 5.0  # seconds in which the main thread may come out of what it does
 OWN = 1.5  # seconds for a reason of its own, before it ends for that of another process
 TWICE = 1.0  # seconds in which a signal that comes again is the same: `timeout` sends it to a process, then its group
+LOOK = 0.2  # seconds between looks at where the others are
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOPPED = "stopped by {}; the same command goes on from what was saved".format
 _present = None  # what `ending` is in force: signals are the process's, and so is this
@@ -193,13 +194,11 @@ class _Ending:
             self._deciding = True
             mine = self.position
         peers.put(f"position/{peers.number()}", json.dumps(mine))
-        positions = []
-        while len(positions) < peers.count():
-            if text := peers.get(f"position/{len(positions)}", peers.SLICE):
-                positions.append(tuple(json.loads(text)))
-            elif self.over.is_set() or any(json.loads(news)["code"] != Stopped.code
+        while len(found := peers.found("position")) < peers.count():
+            if self.over.wait(LOOK) or any(json.loads(news)["code"] != Stopped.code
                                            for news in peers.found("news").values()):
                 return  # it ends otherwise
+        positions = [tuple(json.loads(text)) for text in found.values()]
         with self._settled:
             self._deciding = False
             self._decide(positions, why)
