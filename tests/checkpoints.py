@@ -10,6 +10,7 @@ from lm_jax.hub import folder, tensors
 
 HERE = pathlib.Path(__file__).parent / "golden"
 TOKENS = np.random.default_rng(0).integers(3, 99, 30).tolist()
+PROMPT = 12  # of them, from which a model goes on
 SHOWN = (0, 17, 29)  # tokens whose outputs are kept
 
 

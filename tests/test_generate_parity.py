@@ -16,12 +16,13 @@ from lm_jax.inference.generate import generate  # noqa: E402
 from lm_jax.inference.sample import Sampler  # noqa: E402
 
 LENGTH, STOP = 10, 2
-NAMES = ("gpt2", "gemma2", "t5", "deepseek")
+NAMES = ("gpt2", "gemma2", "t5", "deepseek")  # with penalties and beams
+PLAIN = ("gemma3", "mixtral", "qwen3-moe-mixed", "qwen2-yarn", "mistral", "llama-3.1", "t5-v1.1")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + PLAIN)
 def test_greedy_text_and_beams_are_those_of_transformers(name, tmp_path):
-    theirs = hf.made(name)
+    theirs, plain = hf.made(name), [{}]
     theirs.save_pretrained(tmp_path)
     settings = theirs.generation_config
     settings.eos_token_id, settings.pad_token_id, settings.decoder_start_token_id = STOP, 0, 0
@@ -29,16 +30,19 @@ def test_greedy_text_and_beams_are_those_of_transformers(name, tmp_path):
     start = ours.cfg.encoder_depth > 0
     batch = hub.batch(ours.cfg, [[0]] * 2 if start else prompts)
     batch |= {"source": hub.batch(ours.cfg, prompts)} if start else {}
-    for knobs in ({}, {"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2}):
+    more = [{"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2}]
+    for knobs in plain + more * (name in NAMES):
         made = generate(ours, batch, Sampler(0, **knobs), length=LENGTH, key=jax.random.key(0), stop=STOP)
         for row, prompt in enumerate(prompts):
             expected = written(theirs, prompt, start, **knobs).sequences[0]
             assert made.tokens_BT[row, :made.lengths_B[row]].tolist() == expected.tolist()[1 if start else len(prompt):]
-    for knobs in ({}, {"no_repeat_ngram_size": 2}):
+    for knobs in plain + more[-1:] * (name in NAMES):
         found = beam.search(ours, batch, beams=3, length=LENGTH, stop=STOP, **knobs)
         for row, prompt in enumerate(prompts):
             expected = written(theirs, prompt, start, num_beams=3, length_penalty=1.0, early_stopping="never", **knobs)
             np.testing.assert_allclose(found.scores_BW[row, 0], expected.sequences_scores[0], atol=1e-3)
+            best = found.tokens_BWT[row, 0, :found.lengths_BW[row, 0]].tolist()
+            assert best == expected.sequences[0].tolist()[1 if start else len(prompt):]
 
 
 def test_a_dynamic_rope_that_stretches_on_the_way_writes_what_it_does_in_transformers(tmp_path):
