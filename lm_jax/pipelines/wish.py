@@ -29,8 +29,10 @@ class Wish:
     256 tokens: from a prompt the likeliest each time, of a text by a search with 4 beams. With `do_sample` prompt i
     draws by the seed + i.
 
-    Other than in transformers: a stop string is no part of the text, all tokens may be drawn where nobody says top_k
-    (there 50), and a search without `early_stopping` goes on until nothing better can come ("never")."""
+    Other than in transformers: where nobody says `do_sample` a prompt is gone on with by the likeliest (there text
+    generation draws, at a temperature of 0.7, unless its folder says otherwise), a stop string is no part of the text,
+    all tokens may be drawn where nobody says top_k (there 50), and a search without `early_stopping` goes on until
+    nothing better can come ("never")."""
 
     max_new_tokens: int | None = None
     max_length: int | None = None  # of a decoder counts the prompt, the longest of a batch
