@@ -111,7 +111,7 @@ class Ends:
         words = {model.id_to_piece(i): {"id": i, "content": model.id_to_piece(i)} for i in specials}
         self._words = words | {token["content"]: token for token in added.values()}
         self._word = _pattern(self._words.values())
-        self._anchor = "" if settings.get("legacy", True) or not llama else ANCHOR
+        self._anchor = ANCHOR if llama and settings.get("legacy") is False else ""
 
     def encode(self, text: str) -> list[int]:
         return [id for id, _ in self._placed(text)]
@@ -137,7 +137,6 @@ class Ends:
             framed = lambda values, empty: [empty] * len(self.before) + values + [empty] * len(self.after)
             yield Row(ids, [0] * len(ids), framed([span for _, span in part], (0, 0)),
                       [None] * len(ids), framed([0] * len(part), None))
-
 
     def _placed(self, text: str) -> list[tuple[int, tuple[int, int]]]:
         """The ids of a text, each with the characters that it is."""
