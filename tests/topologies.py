@@ -1,6 +1,6 @@
 """One tiny run on some topologies, in processes of their own: what determinism is held to, and the golden losses.
 
-    python tests/topologies.py          # writes tests/golden/losses.json anew: when numbers change and are meant to
+    python tests/topologies.py          # writes tests/golden/topologies/losses.json anew: when numbers change and are meant to
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import tempfile
 
 import conftest  # noqa: F401  the flags and the cache that all tests have, before JAX is imported
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "losses.json"
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "topologies" / "losses.json"
 TOPOLOGIES = {  # processes, CPU devices of each, mesh
     "1 device": (1, 1, {}),
     "8 devices: fsdp 2, model 2, sequence 2": (1, 8, dict(fsdp=2, model=2, sequence=2)),
