@@ -193,7 +193,7 @@ COMMANDS = (  # exit code, what is said, arguments
     (2, "Pass --config=configs/tiny.py", []),
     (2, "no config file 'nosuch.py'", ["--config=nosuch.py"]),
     (2, "as in --config.train.steps=100", ["--config=small.py", "300"]),
-    (2, 'Did you mean "heads" instead of "haeds"', ["--config=small.py", "--config.model.haeds=2"]),
+    (2, "unknown key model.haeds: did you mean model.heads?", ["--config=small.py", "--config.model.haeds=2"]),
     (2, "int", ["--config=small.py", "--config.train.steps=many"]),
     (2, "optim.lr=nan: wanted a finite number", ["--config=small.py", "--config.optim.lr=nan"]),
     (2, "make it a multiple, or set model.head_size", ["--config=small.py", "--config.model.heads=3"]),
@@ -216,7 +216,7 @@ def test_what_cannot_run_is_refused_in_a_line_that_names_the_cure(home, whole):
     holder = Workdir(home / "held")
     holder.open({})
     cases = (
-        ('Did you mean "heads" instead of "haeds"', ["--config.model.haeds=2"], 1),
+        ("unknown key model.haeds: did you mean model.heads?", ["--config.model.haeds=2"], 1),
         ("matches no file", ["--config.data.sources=text:nosuch/*.txt"], 1),
         ("optim.lr: 0.003 -> 0.001", ["--workdir=whole", "--config.optim.lr=0.001"], 1),
         (f"in use by process {os.getpid()}", ["--workdir=held"], 1),
