@@ -3,8 +3,10 @@
 Subprocesses inherit both. The cache makes a second run of the suite much faster; its folder may be deleted at will.
 """
 
+import gc
 import os
 import pathlib
+import sys
 import tempfile
 
 import numpy as np
@@ -53,3 +55,13 @@ def folder(tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """A process may map so much memory in 65,530 pieces, of which each compiled program takes some: the suite's are
+    let go of file by file, or the compiler aborts in the middle of it."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+        gc.collect()
