@@ -15,7 +15,7 @@ from lm_jax.clock import Clock
 from lm_jax.config import Config, ConfigError, difference, from_dict, to_dict
 from lm_jax.meter import Meter, Profile
 from lm_jax.models.layers import kinds
-from lm_jax.workdir import FREE, Workdir
+from lm_jax.workdir import Workdir, bound
 
 # Keys in which runs may differ that begin alike.
 LENGTH = ("train.steps:", "optim.schedule:", "optim.decay:", "optim.floor:")
@@ -149,7 +149,7 @@ class Trainer:
         if recorded is None:
             raise ConfigError(f"--start={start} is no run's folder: it has no config.json")
         c, theirs = self.config, from_dict(recorded)
-        if lines := [line for line in difference(recorded, to_dict(c)) if not line.startswith((*FREE, *LENGTH))]:
+        if lines := bound(difference(recorded, to_dict(c)), *LENGTH):
             raise ConfigError(f"--start={start} is of another run, which cannot be this one's beginning\n  "
                               + "\n  ".join(lines))
         if any(isinstance(stage, tuple) for stage in c.data.weights):
@@ -159,8 +159,7 @@ class Trainer:
 
     def _same_config(self, saved: dict):
         """A folder may have lost its config.json; its checkpoints know."""
-        lines = [line for line in difference(saved, to_dict(self.config)) if not line.startswith(FREE)]
-        if lines:
+        if lines := bound(difference(saved, to_dict(self.config))):
             raise ConfigError(f"{self.workdir.path} has checkpoints of a run with another config: pass another "
                               "--workdir, or the config that they were saved with\n  " + "\n  ".join(lines))
 

@@ -65,7 +65,7 @@ class Workdir:
             self.write_json("config.json", config)
             return
         lines = difference(recorded, json.loads(json.dumps(config)))
-        if changed := [line for line in lines if not line.startswith(FREE)]:
+        if changed := bound(lines):
             self.close()
             raise ConfigError(f"{self.path} belongs to a run with another config: pass another --workdir, or the "
                               "config that it was started with\n  " + "\n  ".join(changed))
@@ -161,6 +161,11 @@ class Workdir:
             lock.close()
             raise
         self._lock = lock
+
+
+def bound(lines: list[str], *more: str) -> list[str]:
+    """Of the differences of two configs those that make another run: in keys that are not FREE, and not `more`."""
+    return [line for line in lines if not line.startswith((*FREE, *more))]
 
 
 def plain(value):

@@ -214,20 +214,11 @@ def test_many_saves_leave_no_memory_behind(tmp_path):
 
 def test_what_comes_to_the_devices_otherwise_than_it_was_saved_is_set_aside(saved, tmp_path):
     """Files that agree with their manifest say nothing of what reads them."""
-    folder = _copy(saved, tmp_path)
-    body = seal.read(folder / "6")
-    body["fingerprints"]["model/w"] = "0123456789abcdef"
-    del body["files"]
-    seal.write(folder / "6", body)
-    _falls_back(folder, "model/w came to the devices with another fingerprint")
+    _falls_back(_misprinted(saved, tmp_path), "model/w came to the devices with another fingerprint")
 
 
 def test_who_only_reads_is_told_of_what_comes_otherwise(saved, tmp_path):
-    folder = _copy(saved, tmp_path)
-    body = seal.read(folder / "6")
-    body["fingerprints"]["model/w"] = "0123456789abcdef"
-    del body["files"]
-    seal.write(folder / "6", body)
+    folder = _misprinted(saved, tmp_path)
     with pytest.raises(CheckpointError, match="checkpoint 6 of .* cannot be read: model/w came"):
         Checkpoints(folder).restore(_tree(0))
     assert sorted(os.listdir(folder)) == ["3", "6"]
@@ -306,6 +297,16 @@ def _falls_back(folder, reason, also=""):
     assert [name for name in os.listdir(folder) if name.endswith(".bad")]
     assert len(said) == 1 and re.search(reason, said[0]) and also in said[0], said
     return said[0]
+
+
+def _misprinted(saved, tmp_path):
+    """A copy whose newest checkpoint is sealed with another fingerprint than its array has."""
+    folder = _copy(saved, tmp_path)
+    body = seal.read(folder / "6")
+    body["fingerprints"]["model/w"] = "0123456789abcdef"
+    del body["files"]
+    seal.write(folder / "6", body)
+    return folder
 
 
 def _copy(saved, tmp_path):

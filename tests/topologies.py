@@ -52,7 +52,7 @@ def process(name: str, root: str, folders: str, *join: str):
     """One process of a topology."""
     import jax
 
-    from lm_jax import config, hosts, parallel, trainer
+    from lm_jax import config, hosts, parallel, peers, trainer
     from lm_jax.data import store
     from lm_jax.recipes import pretrain
     from lm_jax.workdir import Workdir
@@ -73,7 +73,7 @@ def process(name: str, root: str, folders: str, *join: str):
                 workdir.open(config.to_dict(c), hosts.mark())
                 with trainer.Trainer(c, recipe.model(), recipe.recipe(), workdir, say=hosts.say) as it:
                     assert it.fit() == "ok"
-    hosts.exchange("end", "")
+    peers.exchange("end", "")
 
 
 def main():
