@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax import config, fingerprint, parallel, trainer
+from lm_jax import config, fingerprint, parallel, trainer, update
 from lm_jax.data import store
 from lm_jax.recipes import pretrain
 from lm_jax.workdir import Workdir
@@ -50,7 +50,7 @@ def run(root, name, mesh, *, stop=STEPS):
 
 def bits(state):
     """Every array of a state, whole."""
-    return {name: np.asarray(leaf).tobytes() for name, leaf in fingerprint.named(trainer.saved(state)).items()}
+    return {name: np.asarray(leaf).tobytes() for name, leaf in fingerprint.named(update.saved(state)).items()}
 
 
 def numbers(root, name):
