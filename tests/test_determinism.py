@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from test_train import arrays, lasting
 from topologies import GOLDEN, TOPOLOGIES, ended, losses, started
 
+ROOT = pathlib.Path(__file__).parent.parent
 FAR = 1e-5  # relative: other CPUs and versions of XLA move last bits; optimised or not was 6e-7 here, a new seed 1e-2
 
 
@@ -64,7 +66,7 @@ except errors.ConfigError:
 def test_what_a_gpu_cannot_promise_is_asked_of_xla_before_its_devices_start():
     """An XLA without GPUs knows these flags too, and ends where it is told one that it does not know."""
     asked = "--config.train.deterministic=True"
-    how = dict(cwd=GOLDEN.parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    how = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     running = [subprocess.Popen([sys.executable, "-c", MAIN, more, asked], **how) for more in ("", " --xla_no=1")]
     (told, _), (_, error) = [process.communicate(timeout=120) for process in running]
     assert told.split()[-2:] == ["--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0"]
