@@ -58,6 +58,13 @@ def test_a_training_report_has_every_part_with_its_unit(measured):
     assert not any(figure.nominal for figure in found.values()), "a CPU has no nominal peak: none may be shown"
 
 
+def test_the_host_s_share_is_measured_of_small_steps():
+    with subject.opened(tiny()) as it:
+        found = {figure.name.strip(): figure for figure in training.gap(it, turns=1)}
+    loop, rest = found["step in the trainer's loop"], ("steps sent at once", "data", "host gap")
+    assert loop.value == pytest.approx(sum(found[name].value for name in rest)) and "%" in found["host gap"].how
+
+
 def test_packing_is_measured_over_rows_of_documents():
     rows = packing.layout(2, 10, documents=3)
     assert rows["segments"][0].tolist() == [1, 1, 1, 1, 2, 2, 2, 3, 3, 3]
@@ -148,8 +155,9 @@ def test_stacked_points_make_the_same_steps_as_those_alone():
 
 
 def test_the_loader_is_measured_over_its_own_rows():
-    rows, batches = loader.measured(tiny(), turns=2)
-    assert rows.value == pytest.approx(256 * batches.value) and rows.unit == "tokens/s"
+    rows, batches, larger, _ = loader.measured(tiny(), turns=2)
+    assert rows.value == pytest.approx(256 * batches.value) and rows.unit == larger.unit == "tokens/s"
+    assert rows.name == "loader, 8 rows of 32" and larger.name == "loader, 64 rows of 512"
 
 
 def test_the_entropy_of_many_parts_holds_a_chunk_and_not_all():

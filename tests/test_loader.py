@@ -238,12 +238,12 @@ def test_an_error_in_the_background_reaches_the_consumer(data, tmp_path):
 
 
 def test_a_stream_works_ahead(data):
-    with loader(data).stream(0, depth=3) as stream:
+    with loader(data).stream(0, depth=80) as stream:
         for _ in range(200):
-            if stream._queue.qsize() == 3:
+            if stream._queue.qsize() == 80:
                 break
             time.sleep(0.02)
-        assert stream._queue.qsize() == 3
+        assert stream._queue.qsize() == 80
 
 
 def test_rows_outside_the_run_are_an_error(data):

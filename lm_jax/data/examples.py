@@ -75,7 +75,7 @@ def target_length(data):
 
 def make(pieces, rng, spec):
     """One row as a dict of arrays without a batch axis."""
-    return first(batch([pieces], [rng], spec))
+    return part(batch([pieces], [rng], spec), 0)
 
 
 def batch(rows, rngs, spec):
@@ -83,9 +83,9 @@ def batch(rows, rngs, spec):
     return OBJECTIVES[spec.data.objective].make(rows, rngs, spec)
 
 
-def first(made):
-    """The first row of a batch, without the batch axis."""
-    return {key: first(value) if isinstance(value, dict) else value[0] for key, value in made.items()}
+def part(made: dict, at: int | slice) -> dict:
+    """A batch's row, without the batch axis, or some of its rows."""
+    return {key: part(value, at) if isinstance(value, dict) else value[at] for key, value in made.items()}
 
 
 def causal(rows, rngs, spec):

@@ -1,7 +1,8 @@
 """Batches for training and evaluation. Row k is a pure function of (store digest, seed, k).
 
 So the data position is one integer: a run resumes at any step, on any number of hosts, each of which makes the rows it
-needs, and any batch can be made again years later. A background thread keeps a few batches ready.
+needs, and any batch can be made again years later. A background thread keeps a few batches ready; small ones it makes
+many at a time, since numpy takes as long for a few rows as for a hundred.
 """
 
 import hashlib
@@ -14,6 +15,9 @@ import numpy as np
 from lm_jax.config import DataConfig
 from lm_jax.data import examples, mixture
 from lm_jax.data.store import Store
+
+AT_ONCE = 1 << 16  # positions that are made at a time: arrays that stay in a core's cache
+LOCATED = 1 << 12  # rows whose places are found at a time, which takes numpy hundreds of small steps
 
 
 class Loader:
@@ -34,29 +38,55 @@ class Loader:
 
     def row(self, k: int) -> dict:
         """Row k, without a batch axis."""
-        return examples.first(self.rows(np.array([k])))
+        return examples.part(self.rows(np.array([k])), 0)
 
     def batch(self, step: int, here: np.ndarray | None = None) -> dict:
         """A step's batch, or of its B rows those `here`: rows step x B + here."""
         return self.rows(step * self.batch_size + (np.arange(self.batch_size) if here is None else here))
 
     def stream(self, step: int, here: np.ndarray | None = None, *, depth: int = 2) -> "Stream":
-        """Batches from `step` on, made `depth` ahead by a thread; use it in a `with`. After the run's last one its
-        first ones come again, in place of those that a run skipped."""
-        steps = self.rows_needed // self.batch_size
-        return Stream((self.batch(at % steps, here) for at in range(step, step + steps)), depth)
+        """`batches`, made `depth` or more ahead by a thread; use it in a `with`."""
+        here = np.arange(self.batch_size) if here is None else here
+        return Stream(self.batches(step, here), max(depth, self._most(len(here))))
+
+    def batches(self, step: int, here: np.ndarray) -> Iterator[dict]:
+        """As many batches as a run has, from `step` on. After the run's last one its first ones come again, in place
+        of those that a run skipped. One is made first, then more at a time, so that the first step waits for little.
+        """
+        steps, rows, done = self.rows_needed // self.batch_size, len(here), 0
+        most = self._most(rows)
+        while done < steps:
+            at = np.arange(step + done, step + min(steps, done + max(most, LOCATED // max(1, rows)), 2 * done + 1))
+            k = (at[:, None] % steps * self.batch_size + here).ravel()
+            source, index = self.locate(k)
+            for start in range(0, len(at), most):
+                some = slice(start * rows, (start + most) * rows)
+                made = self._made(k[some], source[some], index[some])
+                for i in range(min(most, len(at) - start)):
+                    yield examples.part(made, slice(i * rows, (i + 1) * rows))
+            done += len(at)
+
+    def _most(self, rows: int) -> int:
+        """Batches of so many rows that are made at a time."""
+        return max(1, AT_ONCE // max(1, rows * self._data.length))
 
     def rows(self, k: np.ndarray) -> dict:
         """Rows of any numbers, as a batch."""
-        source, index = self.locate(k)
-        places = list(zip(source.tolist(), index.tolist()))
+        return self._made(k, *self.locate(k))
+
+    def _made(self, k: np.ndarray, source: np.ndarray, index: np.ndarray) -> dict:
+        """The rows k, which are these of these sources."""
 
         def other(b, rng):
-            rows, row = self._sources[places[b][0]], places[b][1]
-            return rows[(row + 1 + int(rng.integers(max(1, len(rows) - 1)))) % len(rows)]
+            return _other(self._sources[source[b]], index[b], rng)
 
+        pieces = [[]] * len(k)
+        for s in np.unique(source).tolist():
+            here = np.flatnonzero(source == s)
+            for b, row in zip(here.tolist(), self._sources[s].take(index[here])):
+                pieces[b] = row
         spec = examples.Spec(self._data, self._tokenizer, other)
-        return examples.batch([self._sources[s][i] for s, i in places], (_generator(self._key, row) for row in k), spec)
+        return examples.batch(pieces, _generators(self._key, k), spec)
 
     def locate(self, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(number of the source, row of that source) of each row of the run."""
@@ -74,18 +104,18 @@ def validation(store: Store, data: DataConfig, tag: str, *, batch: int, rows: in
     """
     held = store.rows("validation", tag)
     count = min(rows, len(held)) if rows else len(held)
-    places = (np.arange(count) * len(held) // count).tolist()
-    places += [None] * (-count % batch)
     key = _key(store.digest, "validation", tag)
     for start in range(0, count, batch):
-        mine = [places[start + b] for b in (range(batch) if here is None else here)]
+        k = start + (np.arange(batch) if here is None else here)
+        index = np.where(k < count, k * len(held) // count, 0)
+        some = int((k < count).sum())  # of those here, which come in order; what follows is padding
 
         def other(b, rng):
-            return held[(mine[b] + 1 + int(rng.integers(max(1, len(held) - 1)))) % len(held)]
+            return _other(held, index[b], rng)
 
         spec = examples.Spec(data, store.tokenizer, other)
-        pieces = [[] if i is None else held[i] for i in mine]
-        yield examples.batch(pieces, (_generator(key, i or 0) for i in mine), spec)
+        pieces = held.take(index[:some]) + [[]] * (len(k) - some)
+        yield examples.batch(pieces, _generators(key, index), spec)
 
 
 class Stream:
@@ -136,10 +166,21 @@ class Stream:
             self._queue.put((None, error))
 
 
+def _other(rows, row: int, rng) -> list:
+    """The pieces of any row but this one, where there are more."""
+    return rows[(int(row) + 1 + int(rng.integers(max(1, len(rows) - 1)))) % len(rows)]
+
+
 def _key(*parts: str) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8])
 
 
-def _generator(key, row):
-    """The row's own random numbers, the same in whatever batch it is made."""
-    return np.random.Generator(np.random.Philox(key=np.array([key, row], np.uint64)))
+def _generators(key: int, rows: np.ndarray) -> Iterator[np.random.Generator]:
+    """Each row's own random numbers, the same in whatever batch it is made; each until the next is asked for, since
+    it is one generator that is set anew: to make one costs as much as a row."""
+    bits = np.random.Philox(key=0)
+    begin, one = bits.state, np.random.Generator(bits)
+    for row in rows:
+        begin["state"]["key"] = np.array([key, row], np.uint64)
+        bits.state = begin
+        yield one

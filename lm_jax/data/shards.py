@@ -18,7 +18,7 @@ BLOCK = 1 << 20  # bytes; rows come 32 at a time from all over the corpus: of a 
 
 
 class Shard:
-    """A .npy file, mapped: slices are read-only views of blocks that were what the manifest says when first read."""
+    """A .npy file, mapped: what is read is of blocks that were what the manifest says when first read."""
 
     def __init__(self, path: Path, digests: np.ndarray):
         """`digests` (uint8[blocks, 32]) are those of `of_blocks`."""
@@ -34,11 +34,21 @@ class Shard:
         return len(self._array)
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        first, end = (self._header + at * self._each for at in (part.start, part.stop))
-        for block in range(first // BLOCK, -(-end // BLOCK)):
-            if self._unproven[block]:
-                self._prove(block)
+        """Neighbours, as a read-only view."""
+        end = (self._header + part.stop * self._each - 1) // BLOCK + 1
+        block = (self._header + part.start * self._each) // BLOCK
+        while (block := self._unproven.find(1, block, end)) >= 0:
+            self._prove(block)
         return self._array[part]
+
+    def take(self, items: np.ndarray) -> np.ndarray:
+        """Items of any numbers, copied."""
+        if 1 in self._unproven:
+            begin = self._header + items * self._each
+            for block in np.unique([begin // BLOCK, (begin + self._each - 1) // BLOCK]).tolist():
+                if self._unproven[block]:
+                    self._prove(block)
+        return self._array[items]
 
     def _prove(self, block):
         """Read a block as a file's bytes, since of a mapped one a disk's error would end the process without a word."""

@@ -1,5 +1,6 @@
 """The parts of a benchmark by name, and the page that they are shown on."""
 
+import dataclasses
 import functools
 import json
 
@@ -75,6 +76,12 @@ def _loader(page: Page, c, args):
     page.show("loader", f"rows of {c.name}", loader.measured(c, turns=args.turns))
 
 
+def _gap(page: Page, c, args):
+    c = stacked.config()
+    with subject.opened(dataclasses.replace(c, data=dataclasses.replace(c.data, vocab=c.model.vocab))) as it:
+        page.show("gap", f"the host's share of small steps: {subject.told(it)}", training.gap(it, turns=args.turns))
+
+
 def _growth(page: Page, c, args):
     for axis in growth.AXES:
         page.show("growth", f"growth over {axis}", growth.measured(axis, turns=args.turns))
@@ -114,5 +121,5 @@ def known_limits(turns: int) -> limits.Limits:
 
 
 PARTS = {"limits": _limits, "training": _training, "packing": _packing, "starts": _starts, "loader": _loader,
-         "growth": _growth, "together": _together, "entropy": _entropy}
+         "growth": _growth, "together": _together, "gap": _gap, "entropy": _entropy}
 AGAINST = {"torch": _torch, "transformers": _transformers}

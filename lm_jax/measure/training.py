@@ -24,9 +24,15 @@ def measured(subject: Subject, limits: Limits, *, turns: int = timing.TURNS) -> 
     subject.trainer.step = compiled  # so that it is compiled once
     _step(subject, batch, 3)
     used = _memory(subject, compiled)  # before anything else has used any
-    seconds = _seconds(subject, batch, turns)
+    seconds = _seconds(subject, batch, turns, _pieces)
     return [*_rates(subject, limits, seconds["loop"]), *_split(seconds), *used,
             *ops.costliest(compiled, lambda: _step(subject, batch), limits, dtype=_dtype(subject))]
+
+
+def gap(subject: Subject, *, turns: int = timing.TURNS) -> list[Figure]:
+    """What the trainer's loop costs beside its steps: the last two figures of a step's split."""
+    seconds = _seconds(subject, hosts.put_batch(subject.pretraining.loader.batch(0)), turns, lambda *_: {})
+    return [duration("steps sent at once", seconds["step"]), *_host(seconds)]
 
 
 def _rates(subject: Subject, limits: Limits, loop: list[float]) -> list[Figure]:
@@ -47,21 +53,26 @@ def _rates(subject: Subject, limits: Limits, loop: list[float]) -> list[Figure]:
 def _split(seconds: dict[str, list[float]]) -> list[Figure]:
     """Where a step's time goes; parts are differences of what was timed in turns, and add up to the loop's."""
     less = lambda more, fewer: [a - b for a, b in zip(seconds[more], seconds[fewer])]
+    whole, *rest = _host(seconds)
+    return [whole, duration("  forward", seconds["forward"], "the loss alone"),
+            duration("  backward", less("gradient", "forward"), "gradients less forward"),
+            duration("  optimizer", less("step", "gradient"), "the whole step less gradients"), *rest]
+
+
+def _host(seconds: dict[str, list[float]]) -> list[Figure]:
+    """The loop's step, and what of it is no device's."""
     gap = [loop - step - wait for loop, step, wait in zip(seconds["loop"], seconds["step"], seconds["wait"])]
     share = statistics.median(gap) / statistics.median(seconds["loop"])
     waited = statistics.median(seconds["wait"]) / statistics.median(seconds["loop"])
     return [duration("step in the trainer's loop", seconds["loop"], "batches, metrics and records included"),
-            duration("  forward", seconds["forward"], "the loss alone"),
-            duration("  backward", less("gradient", "forward"), "gradients less forward"),
-            duration("  optimizer", less("step", "gradient"), "the whole step less gradients"),
             duration("  data", seconds["wait"], f"waited for the loader: {waited:.2%}"),
             duration("  host gap", gap, f"the loop less steps sent at once and the wait: {share:.2%}")]
 
 
-def _seconds(subject: Subject, batch, turns: int) -> dict[str, list[float]]:
+def _seconds(subject: Subject, batch, turns: int, pieces) -> dict[str, list[float]]:
     """Seconds a step of each part, timed in turns: steps of the trainer's own loop, steps sent one behind the other,
-    gradients, the loss."""
-    parts, pieces = subject.config.train.microbatches, _pieces(subject, batch)
+    and `pieces`: gradients, the loss."""
+    parts, pieces = subject.config.train.microbatches, pieces(subject, batch)
     with subject.recipe.batches(0) as batches:
         send = functools.partial(subject.trainer.send, batches, unwatched(subject))
         for _ in range(3):
