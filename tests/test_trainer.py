@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lm_jax import config, fingerprint, hosts, losses, optim, parallel, trainer, update
+from lm_jax import config, fingerprint, hosts, losses, meter, optim, parallel, trainer, update
 from lm_jax.checkpoint import CheckpointError
 from lm_jax.config import ConfigError, OptimConfig
 from lm_jax.models import transformer
@@ -85,7 +85,7 @@ def test_a_poisoned_batch_changes_nothing_but_the_counts(poison):
 
 
 def run(path, *, stop_at=None, data="d", steps=STEPS, loss=losses.next_token, start=None, weights=(), bad=(), train=(),
-        order=lambda at: at, die_at=None, **optimizer):
+        order=lambda at: at, die_at=None, every=1, **optimizer):
     """A run of the Trainer in a folder, stopped by a real SIGTERM after `stop_at` steps; (status, trainer).
 
     Its batches have the numbers `order` of 0, 1, ...; those `bad` give no finite gradients. At `die_at`, (a step, how
@@ -110,7 +110,7 @@ def run(path, *, stop_at=None, data="d", steps=STEPS, loss=losses.next_token, st
         if run.done == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    recipe = trainer.Recipe(loss, source, tokens=8 * 16, flops=1e6, data=data, hooks=(trainer.Every(1, kill),))
+    recipe = trainer.Recipe(loss, source, tokens=8 * 16, flops=1e6, data=data, hooks=(trainer.Every(every, kill),))
     workdir = Workdir(path)
     workdir.open(config.to_dict(c))
     try:
@@ -132,6 +132,31 @@ def test_a_run_that_is_stopped_and_started_again_is_bitwise_the_unbroken_one(tmp
     rows = [[line.split('"tokens"')[0] for line in (tmp_path / name / "metrics.jsonl").open()]
             for name in ("whole", "part")]
     assert rows[0] == rows[1] and len(rows[0]) == STEPS, "each step's numbers are there once, and the same"
+
+
+def test_a_step_s_numbers_are_read_when_the_next_one_is_under_way_and_nothing_else_is(tmp_path, monkeypatch):
+    """So at most two steps are in flight, and the host waits for none that it has just sent."""
+    events = []
+
+    def noted(place, name, event):
+        does = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args: (events.append(event(*args)), does(*args))[1])
+
+    noted(meter.Meter, "sent", lambda it, step, metrics: ("sent", step))
+    noted(jax, "device_get", lambda tree: "from the devices")
+    noted(meter.Meter, "record", lambda it, step, *numbers: ("read", step))
+    send = trainer.Trainer.send
+
+    def guarded(*args):
+        with jax.transfer_guard_device_to_host("disallow"):  # all but what is asked for by name; not heeded by CPUs
+            send(*args)
+
+    monkeypatch.setattr(trainer.Trainer, "send", guarded)
+    run(tmp_path, every=STEPS, train={"checkpoint_every": STEPS})
+    expected = [("sent", 1)]
+    for step in range(1, STEPS + 1):
+        expected += [("sent", step + 1)] * (step < STEPS) + ["from the devices", ("read", step)]
+    assert events[: len(expected)] == expected
 
 
 def test_a_longer_run_that_starts_from_a_shorter_ones_trunk_is_bitwise_what_it_would_be_alone(tmp_path):
