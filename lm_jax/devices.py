@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 GIB = 2**30
+STACKED = 2**24  # most parameters of runs that share a program: beyond, one alone keeps a device busy
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import sys
 import time
 
 import jax
-from matplotlib.ticker import EngFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -173,10 +172,15 @@ def _watched():
 
 def _status(values) -> str:
     """What a watcher wants to know of a step, in 60 columns."""
-    amount = EngFormatter(places=1, sep="")
-    parts = {"loss": "loss {:.3f}".format, "tokens_per_second": lambda rate: f"{amount(rate)} tokens/s",
+    parts = {"loss": "loss {:.3f}".format, "tokens_per_second": lambda rate: f"{_amount(rate)} tokens/s",
              "mfu": "MFU {:.0%}".format, "data_wait_fraction": "wait {:.0%}".format}
     return " · ".join(text(float(values[key])) for key, text in parts.items() if values.get(key) is not None)
+
+
+def _amount(n: float) -> str:
+    """A rate as 950.0 or 1.2M."""
+    unit, name = next(((unit, name) for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if n >= unit), (1, ""))
+    return f"{n / unit:.1f}{name}"
 
 
 def _package(name, extra):

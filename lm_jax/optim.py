@@ -58,10 +58,14 @@ def ema_params(state: State):
     return state.ema
 
 
-def burst(state: State) -> jax.Array:
-    """Numbers of the first and the last update of a burst, which is BURST refused ones among SPAN; else (-1, -1)."""
-    first, last = state.refused.min(), state.refused.max()
-    return jnp.where((first >= 0) & (last - first < SPAN), jnp.stack([first, last]), -1)
+def burst(refused) -> tuple:
+    """Numbers of the first and the last update of a burst, which is BURST refused ones among SPAN; else (-1, -1).
+
+    `refused` is a State's, traced or a host's copy: arithmetic alone, for which NumPy compiles no program.
+    """
+    first, last = refused.min(), refused.max()
+    there = (first >= 0) & (last - first < SPAN)
+    return (first + 1) * there - 1, (last + 1) * there - 1
 
 
 def schedule(o: OptimConfig, steps: int) -> Callable[[Any], jax.Array]:

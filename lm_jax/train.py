@@ -14,14 +14,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import jax
-
-from lm_jax import cluster, command, config, errors, faults, hosts, parallel, peers, signals
-from lm_jax.clock import Clock, age
+from lm_jax import cluster, command, config, errors
 from lm_jax.errors import ConfigError
-from lm_jax.preflight import room
-from lm_jax.recipes import doctor, report, run
-from lm_jax.workdir import Workdir
 
 START = "folder of a run to begin as: one that differs in its length alone, before either cools down (wsd)"
 
@@ -30,6 +24,14 @@ def main(argv):
     if any(argument.startswith("--doctor") for argument in argv):
         return examined(argv)
     c, values = command.parse(argv, doc=__doc__, start=START, **cluster.FLAGS)
+    import jax  # what follows takes seconds to import, which --help and a misspelt flag need not wait for
+
+    from lm_jax import faults, hosts, parallel, peers, signals
+    from lm_jax.clock import Clock, age
+    from lm_jax.preflight import room
+    from lm_jax.recipes import report, run
+    from lm_jax.workdir import Workdir
+
     faults.planned()  # what is wrong with them is said before anything is done
     hosts.start(values.coordinator, values.processes, values.process, deterministic=c.train.deterministic)
     with signals.ending(), Clock(age()) as clock:
@@ -51,6 +53,8 @@ def examined(argv) -> int:
     flag, _, folder = argv[1].partition("=")
     if len(argv) != 2 or flag != "--doctor" or not folder:
         raise ConfigError("--doctor=RUN stands alone: it reads a run's folder and changes nothing")
+    from lm_jax.recipes import doctor  # as above
+
     lines, code = doctor.report(Path(folder))
     print("\n".join(lines))
     return code

@@ -48,7 +48,7 @@ def make_step(loss: Loss, tx, rate, *, trainable=nnx.Param, microbatches: int = 
         grads = faults.poisoned(grads, state.step + 1)
         updates, opt = tx.update(grads, state.opt, params, loss=metrics["loss"].value)
         params = optax.apply_updates(params, updates)
-        first, last = optim.burst(opt)
+        first, last = optim.burst(opt.refused)
         norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates),
                  "param_norm": optax.tree.norm(params), "lr": rate(state.opt.accepted),
                  "skipped": opt.skipped, "burst_first": first, "burst_last": last}

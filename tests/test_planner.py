@@ -5,7 +5,7 @@ import pytest
 
 from lm_jax import fit as program
 from lm_jax.errors import ConfigError
-from lm_jax.scaling import compare, fitting, planner, table
+from lm_jax.scaling import compare, fitting, planner, study, table
 from lm_jax.scaling.laws import LAWS
 
 TRUE = {"E": 1.7, "A": 400.0, "B": 400.0, "alpha": 0.34, "beta": 0.28}
@@ -76,7 +76,7 @@ def test_what_is_promised_comes_true(first):
 
 def test_a_budget_may_be_said_in_chip_hours(first):
     known, fit = first
-    asked = lambda *flags: program.recommended({"chinchilla": fit}, known, program.parse(["fit", "runs.jsonl", *flags]))
+    asked = lambda *flags: study.recommended({"chinchilla": fit}, known, program.parse(["fit", "runs.jsonl", *flags]))
     plan = asked("--predict=1e23", "--next=100h", "--chip=v5e", "--mfu=0.5")
     assert plan == asked("--predict=1e23", f"--next={100 * 3600 * 0.5 * 197e12}")
     for flags, said in ((("--next=1e20",), "pass --predict"), (("--predict=1e23", "--next=soon"), "as in 100h")):

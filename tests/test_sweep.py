@@ -14,7 +14,7 @@ from lm_jax import sweep as program
 from lm_jax.errors import ConfigError, DataError
 from lm_jax.launchers.local import Pool
 from lm_jax.preflight import topology
-from lm_jax.scaling import records, sweep, table, watch
+from lm_jax.scaling import conduct, records, sweep, table, watch
 
 CONFIG = """
 from lm_jax import config
@@ -223,8 +223,8 @@ def test_flags_that_cannot_be_are_told_with_the_cure(tmp_path):
         with pytest.raises(ConfigError, match=said):
             run(flag)
     with pytest.raises(ConfigError, match="'imagex' is not key=value"):
-        program.settings("imagex")
-    assert program.settings("a=1 b='c d' e=x,y=2") == {"a": "1", "b": "c d", "e": "x,y=2"}
+        conduct.settings("imagex")
+    assert conduct.settings("a=1 b='c d' e=x,y=2") == {"a": "1", "b": "c d", "e": "x,y=2"}
 
 
 def test_a_cluster_gets_only_the_points_that_have_no_result(tmp_path, capsys, monkeypatch):

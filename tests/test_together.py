@@ -17,6 +17,7 @@ from lm_jax.clock import Clock
 from lm_jax.errors import ConfigError
 from lm_jax.preflight import topology
 from lm_jax.recipes import run
+from lm_jax.scaling import points as scaling_points
 from lm_jax.scaling import records, sweep, together, watch
 from lm_jax.workdir import Workdir
 
@@ -124,13 +125,13 @@ def test_a_damaged_member_or_trunk_costs_no_other_point_anything(tmp_path, monke
     broken.mkdir(parents=True)
     (broken / "config.json").write_text('{"name": ')
     (broken / "metrics.jsonl").write_text("{}\n")
-    ended = dict(zip((point.id for point in points[:2]), program.trained(points[:2], out, stack=True)))
+    ended = dict(zip((point.id for point in points[:2]), scaling_points.trained(points[:2], out, stack=True)))
     assert "ok" in ended.values() and any(isinstance(one, ConfigError) for one in ended.values())
     assert "config.json is no JSON" in capsys.readouterr().out
     (trunk,) = (out / "points" / points[0].id / "checkpoints").glob(str(points[2].begins))
     file = max((path for path in trunk.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1])
-    assert program.trained(points[2:3], out, stack=True) == ["ok"]
+    assert scaling_points.trained(points[2:3], out, stack=True) == ["ok"]
     assert "begins at its first step" in capsys.readouterr().out
     summary = json.loads((out / "points" / points[2].id / "summary.json").read_text())
     assert summary["flops_spent"] == summary["flops"]

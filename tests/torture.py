@@ -67,7 +67,8 @@ def main(argv):
     lost = 0
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/cache")
-        FORKS.set_forkserver_preload(["lm_jax.train", "orbax.checkpoint", "tensorstore", "matplotlib.pyplot"])
+        FORKS.set_forkserver_preload(["lm_jax.train", "lm_jax.preflight.room", "lm_jax.recipes.run",
+                                      "orbax.checkpoint", "tensorstore", "matplotlib.pyplot"])
         box = Box(Path(folder), args.jobs)
         print(f"{'':24} {'tried':>6} {'survived':>9} {'lost':>5} {'seconds':>8}", flush=True)
         for name in args.faults.split(","):

@@ -15,7 +15,7 @@ from lm_jax.batch import Batch
 from lm_jax.errors import ConfigError
 from lm_jax.inference.generate import advance, asked, begin
 from lm_jax.inference.load import Speaker
-from lm_jax.inference.sample import Sampler
+from lm_jax.inference.sampler import Sampler
 from lm_jax.models.positions import reach
 
 EVERY = 4  # tokens between looks at what was written

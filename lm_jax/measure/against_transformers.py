@@ -18,7 +18,7 @@ from lm_jax import hub
 from lm_jax.config import TransformerConfig
 from lm_jax.hub import families
 from lm_jax.inference.generate import generate, ready
-from lm_jax.inference.sample import Sampler
+from lm_jax.inference.sampler import Sampler
 from lm_jax.measure import timing
 from lm_jax.measure.figures import Figure, duration, rate
 from lm_jax.measure.torch_reference import package

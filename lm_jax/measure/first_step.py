@@ -14,7 +14,7 @@ import jax
 from lm_jax import config, hosts, log, parallel
 from lm_jax.clock import age
 from lm_jax.measure import subject
-from lm_jax.recipes import doctor, report, run  # noqa: F401  what train imports too
+from lm_jax.recipes import report, run  # noqa: F401  what train imports too
 
 
 def timed(file: str) -> dict:

@@ -12,7 +12,7 @@ from lm_jax.hub.folder import read_json
 from lm_jax.inference import beam, text
 from lm_jax.inference import load as speakers
 from lm_jax.inference.load import Speaker
-from lm_jax.inference.sample import Sampler
+from lm_jax.inference.sampler import Sampler
 from lm_jax.pipelines.reader import ROWS, UNLIMITED, several
 from lm_jax.pipelines.wish import Wish, draws, of_folder, strings
 

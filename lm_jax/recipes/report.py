@@ -16,7 +16,7 @@ import numpy as np
 from lm_jax import config, faults
 from lm_jax.data.loader import validation
 from lm_jax.inference.generate import generate
-from lm_jax.inference.sample import Sampler
+from lm_jax.inference.sampler import Sampler
 from lm_jax.models import flops
 from lm_jax.recipes.pretrain import Pretraining, attention, replicated, row_lengths
 

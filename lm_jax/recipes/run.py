@@ -3,7 +3,7 @@
 import math
 import time
 
-from lm_jax import hosts, parallel, peers, plots, trainer, update
+from lm_jax import hosts, parallel, peers, trainer, update
 from lm_jax.clock import Clock
 from lm_jax.config import Config, to_dict
 from lm_jax.data import store
@@ -43,6 +43,8 @@ def train(recipe: pretrain.Pretraining, workdir: Workdir, clock: Clock, mesh: di
     with clock.phase("end"):
         sample = report.sampled(recipe, update.evaluated(run.state)) if summary["status"] == "ok" else ""
         if workdir.writes:
+            from lm_jax import plots  # matplotlib takes a third of a second to load, which no start need wait for
+
             plots.loss_curve(workdir)
     return summary, sample
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.stats import f as f_distribution
+from scipy.special import fdtri
 
 from lm_jax.scaling import fitting
 from lm_jax.scaling.fitting import Fit
@@ -29,7 +29,7 @@ def profile(fit: Fit, quantity: Quantity, *, level: float = LEVEL) -> Interval:
     """Values of a quantity for which some parameters still suit the data: the best objective that has this value rises
     less than a test of `level` allows (F with one degree, as the residuals' scale is estimated)."""
     p = len(fit.theta)
-    limit = f_distribution.ppf(level, 1, max(fit.n - p, 1))
+    limit = fdtri(1, max(fit.n - p, 1), level)
     path = _Path(fit, quantity)
     ends = (float(np.exp(_crossing(path, sign, limit))) for sign in (-1, 1))
     return tuple(open_end if math.isnan(end) else end for end, open_end in zip(ends, (0.0, math.inf)))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from lm_jax.scaling import checks, compare, fitting
 from lm_jax.scaling.checks import Refused
@@ -105,7 +105,7 @@ def band(fit: Fit, quantity: Callable, level: float) -> Band:
     error = np.sqrt(np.einsum("pm,pq,qm->m", slopes_pm, fit.covariance(), slopes_pm))
     centre = np.asarray(quantity(fit.params))
     with np.errstate(over="ignore"):
-        reach = np.exp(student.ppf((1 + level) / 2, max(fit.n - len(fit.theta), 1)) * error)
+        reach = np.exp(stdtrit(max(fit.n - len(fit.theta), 1), (1 + level) / 2) * error)
     return Band(centre, centre / reach, centre * reach)
 
 

@@ -20,6 +20,7 @@ import ml_collections
 from lm_jax import config, optim
 from lm_jax.config import Config, ConfigError
 from lm_jax.data import store
+from lm_jax.devices import STACKED
 from lm_jax.launchers.job import Job
 from lm_jax.preflight import show
 from lm_jax.preflight.forecast import Forecast
@@ -28,9 +29,7 @@ from lm_jax.recipes.pretrain import planned, row_lengths
 from lm_jax.scaling import ladder, together
 from lm_jax.workdir import FREE
 
-
-STACKED = 2**24  # most parameters of runs that share a program: beyond, one alone keeps a device busy
-LOGITS = 2**28  # and most logits of a step of them all: 1 GiB
+LOGITS = 2**28  # most logits of a step of points that share a program: 1 GiB
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.interpolate import Akima1DInterpolator
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from lm_jax.scaling.checks import Refused
 from lm_jax.scaling.intervals import LEVEL, Interval
@@ -53,7 +53,7 @@ class Trace:
     def interval(self, quantity: Callable = lambda log_factor, exponent: exponent, *, level=LEVEL) -> Interval:
         """Of a number made of log factor and exponent: the exponent, or log of a prediction."""
         centre = quantity(math.log(self.factor), self.exponent)
-        reach = student.ppf((1 + level) / 2, max(self.freedom, 1)) * np.std(quantity(*self.draws.T), ddof=1)
+        reach = stdtrit(max(self.freedom, 1), (1 + level) / 2) * np.std(quantity(*self.draws.T), ddof=1)
         return float(centre - reach), float(centre + reach)
 
 
