@@ -215,7 +215,7 @@ def test_a_refused_law_is_replaced_by_one_that_the_page_names(trained, tmp_path)
 
 
 def test_matplotlib_waits_until_something_is_drawn():
-    program = "import sys, lm_jax.fit; assert 'matplotlib' not in sys.modules"
+    program = "import sys, lm_jax.scaling.study, lm_jax.recipes.run; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

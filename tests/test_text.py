@@ -18,6 +18,7 @@ from lm_jax.config import ConfigError, RopeConfig
 from lm_jax.inference import text
 from lm_jax.inference.load import load
 from lm_jax.inference.sample import Sampler
+from lm_jax.pipelines import session
 
 GREEDY = Sampler(temperature=0)
 WORDS = "naïve 漢字 🙂 end"
@@ -147,7 +148,7 @@ def test_a_flag_that_waits_for_another_is_refused_alone(flag, needed):
 
 def test_standard_output_of_json_holds_nothing_else(speaker, monkeypatch, capsys):
     monkeypatch.setattr(parallel, "use", lambda mesh: None)
-    monkeypatch.setattr(program, "load", lambda path, say=print: (say(f"reads {path}"), speaker)[1])
+    monkeypatch.setattr(session, "load", lambda path, say=print: (say(f"reads {path}"), speaker)[1])
     long = "x" * (speaker.model.cfg.max_length + 1)
     assert program.main(["", "--model=large", "--draft=small", "--json", f"--prompt={long}", "--length=2"]) == 0
     out, err = capsys.readouterr()
@@ -186,7 +187,7 @@ def test_a_message_without_room_is_dropped_and_the_talk_goes_on(tmp_path, monkey
     c = speakers.settings(positions="learned", max_length=512)
     own = load(speakers.run(tmp_path / "run", c, {10: {"params": speakers.parameters(c)}}))
     monkeypatch.setattr(parallel, "use", lambda mesh: None)
-    monkeypatch.setattr(program, "load", lambda path, say=print: own)
+    monkeypatch.setattr(session, "load", lambda path, say=print: own)
 
     def talk(*lines):
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
