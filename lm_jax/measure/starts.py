@@ -14,7 +14,8 @@ from lm_jax.measure import subject, timing
 from lm_jax.measure.figures import Figure, duration
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
-HELPS = ("lm_jax.train", "lm_jax.generate", "lm_jax.fit", "lm_jax.bench")
+HELPS = tuple(f"lm_jax.{name}" for name in (
+    "train", "generate", "fit", "sweep", "together", "plan", "prepare", "convert", "bench"))
 
 
 def imports(*, turns: int = timing.TURNS) -> list[Figure]:
