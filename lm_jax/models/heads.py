@@ -6,7 +6,7 @@ from flax import nnx
 
 from lm_jax import parallel
 from lm_jax.config import TransformerConfig
-from lm_jax.models.layers import ACTIVATIONS, Einsum, Norm, constant
+from lm_jax.models.layers import ACTIVATIONS, Einsum, Norm, activated, constant
 
 
 class MaskedHead(nnx.Module):
@@ -19,7 +19,7 @@ class MaskedHead(nnx.Module):
         self.bias = constant("V", cfg, 0.0)
 
     def __call__(self, x_BTD):
-        return self.norm(ACTIVATIONS[self.act](self.dense(x_BTD)))
+        return self.norm(activated(ACTIVATIONS[self.act], self.dense(x_BTD)))
 
 
 class Pooler(nnx.Module):

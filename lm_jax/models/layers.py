@@ -52,7 +52,7 @@ class Einsum(nnx.Module):
     def __call__(self, x, dtype=None):
         """`x` through the equation, in `dtype` (default: that of `x`)."""
         y = checkpoint_name(matmul(self.equation, dtype or x.dtype, x, self.w[...]), PRODUCT)
-        return y if self.b is None else y + self.b[...].astype(y.dtype)
+        return y if self.b is None else (y + self.b[...]).astype(y.dtype)  # in float32, its gradient's sum too
 
 
 class Embed(nnx.Module):
@@ -103,9 +103,16 @@ class MLP(nnx.Module):
         self.down = Einsum("BTF,FD->BTD", cfg, rngs=rngs, bias=bias, gain=residual_gain(cfg))
 
     def __call__(self, x_BTD):
-        act = ACTIVATIONS[self.act]
-        h_BTF = act(self.up(x_BTD)) if self.gate is None else act(self.gate(x_BTD)) * self.up(x_BTD)
-        return self.down(h_BTF)
+        before = [self.up(x_BTD)] if self.gate is None else [self.gate(x_BTD), self.up(x_BTD)]
+        return self.down(activated(ACTIVATIONS[self.act], *before))
+
+
+def activated(act, *xs):
+    """act(x), or, of two, act(x) * up. A CPU's XLA would write out each of its steps, rounded: there it is made in
+    float32, and made again, from what went in, in the backward pass."""
+    plain = lambda x, *up: act(x) if not up else act(x) * up[0]
+    wide = lambda *xs: plain(*(x.astype(jnp.float32) for x in xs)).astype(xs[0].dtype)
+    return (jax.checkpoint(wide) if parallel.on_cpu() else plain)(*xs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -129,11 +136,23 @@ def _matmul_backward(equation, dtype, saved, dy):
     dy = dy.astype(x.dtype)
     whole = parallel.gather(w.astype(x.dtype), letters)
     dx = _einsum(f"{out},{letters}->{into}", dy, whole, parallel.activation, into, x.dtype)
-    dw = _einsum(f"{into},{out}->{letters}", x, dy, parallel.weight, letters, w.dtype)
-    return dx, dw
+    return dx, _weight_gradient(into, out, letters, x, dy, w.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _weight_gradient(into, out, letters, x, dy, dtype):
+    """The sum over tokens. XLA's CPU backend copies the operand that gives the first letters, transposed, which is slow
+    where it is wide: on one CPU the narrow operand comes first, and the small result is turned."""
+    size = dict(zip(into, x.shape)) | dict(zip(out, dy.shape))
+    alone = parallel.on_cpu() and parallel.weight(letters, tuple(size[a] for a in letters)) is None
+    first = "".join(a for a in letters if (a in into) == (letters[0] in into))
+    turned = letters[len(first):] + first
+    if not alone or math.prod(size[a] for a in first) ** 2 <= math.prod(size[a] for a in letters):
+        return _einsum(f"{into},{out}->{letters}", x, dy, parallel.weight, letters, dtype)
+    dw = jax.lax.optimization_barrier(_einsum(f"{into},{out}->{turned}", x, dy, parallel.weight, turned, dtype))
+    return dw.transpose([turned.index(a) for a in letters])
 
 
 def _einsum(equation, x, y, table, out, dtype):

@@ -9,7 +9,7 @@ from flax import nnx
 
 from lm_jax import parallel
 from lm_jax.config import TransformerConfig
-from lm_jax.models.layers import ACTIVATIONS, MLP, Einsum, constant, initial_std, normal, residual_gain
+from lm_jax.models.layers import ACTIVATIONS, MLP, Einsum, activated, constant, initial_std, normal, residual_gain
 
 
 class MoE(nnx.Module):
@@ -80,7 +80,7 @@ def _experts(act, x_BTD, gates_BTA, chosen_BTA, *tables):
     ragged = partial(jax.lax.ragged_dot, group_sizes=counts_E)
     *into, down_EFD = tables
     h = [ragged(x_PD, w_EDF) for w_EDF in into]
-    h_PF = act(h[0]) if len(h) == 1 else act(h[1]) * h[0]
+    h_PF = activated(act, *reversed(h))
     y_PD = ragged(h_PF, down_EFD) * gates_BTA.reshape(-1)[order][:, None].astype(x_BTD.dtype)
     return jnp.zeros((B * T, D), x_BTD.dtype).at[order // A].add(y_PD).reshape(B, T, D)
 
