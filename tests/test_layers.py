@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 
 import tiny
 from lm_jax.config import CHOICES
-from lm_jax.models.layers import ACTIVATIONS, MLP, Einsum, Embed, Kind, Norm, dropout, kinds, matmul
+from lm_jax.models.layers import ACTIVATIONS, MLP, Einsum, Embed, Kind, Norm, activated, dropout, kinds, matmul
 from lm_jax.models.transformer import Stack, Transformer
 
 EQUATIONS = ["BTD,DF->BTF", "BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,VD->BTV"]
@@ -153,3 +154,23 @@ def test_dropout_is_a_function_of_its_key_and_keeps_the_mean():
     assert float((once == 0).mean()) == pytest.approx(0.3, abs=0.01)
     assert set(np.unique(once)) == {np.float32(0), np.float32(1) / np.float32(0.7)}
     assert dropout(x, 0.3, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
+
+
+def test_the_gradient_of_a_bias_adds_up_in_float32():
+    """4,096 ones are 4,096; in bfloat16 a sum of ones ends at 256."""
+    layer = Einsum("BTD,DF->BTF", tiny.model(dtype="bfloat16").cfg, rngs=nnx.Rngs(0), bias=True)
+    x = jnp.zeros((16, 257, layer.w.shape[0]), jnp.bfloat16)
+    graph, state = nnx.split(layer)
+    grads = jax.grad(lambda state: nnx.merge(graph, state)(x).astype(jnp.float32).sum())(state)
+    np.testing.assert_array_equal(grads["b"][...], 16 * 257)
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("inputs", (1, 2))
+def test_an_activation_keeps_what_went_in_and_nothing_else_for_its_gradient(name, inputs, rng):
+    act, xs = ACTIVATIONS[name], [jnp.asarray(rng.standard_normal(64), jnp.float32) for _ in range(inputs)]
+    plain = lambda *xs: act(xs[0]) * (xs[1] if inputs == 2 else 1)
+    (y, backward), (expected, plainly) = jax.vjp(partial(activated, act), *xs), jax.vjp(plain, *xs)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, (y, backward(y)), (expected, plainly(y)))
+    assert sum(a.size for a in jax.tree.leaves(backward) if a.size > 1) == 64 * inputs
