@@ -85,7 +85,7 @@ class TransformerConfig:
     window: int = 0  # tokens that a sliding layer sees, itself included; 0: all layers are full
     window_pattern: str = "S"  # repeated over the layers: S sliding, F full ("SF" is Gemma 2)
     sinks: bool = False  # a learned logit per head that attention may spend itself on (gpt-oss)
-    attention: str = "auto"  # auto | xla | cudnn | splash | ring; auto is the best that can do what is asked
+    attention: str = "auto"  # auto | xla | blocked | cudnn | splash | ring; auto is the best that can do what is asked
     tied: bool = True  # the output table is the embedding table
     table_scale: str = "none"  # none | in: embeddings x sqrt(D) (Gemma) | out: hidden x 1/sqrt(D) before the head (T5)
     types: int = 0  # token-type embeddings (BERT: 2)
@@ -201,7 +201,7 @@ CHOICES = {
     "model.head": ("lm", "mlm", "mlm_pairs", "classes", "tags", "span", "none"),
     "model.pooler": ("none", "tanh", "relu"),
     "model.moe.score": ("softmax", "sigmoid"),
-    "model.attention": ("auto", "xla", "cudnn", "splash", "ring"),
+    "model.attention": ("auto", "xla", "blocked", "cudnn", "splash", "ring"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
     "data.strategy": ("concat", "fit"),

@@ -13,7 +13,7 @@ import tiny
 from lm_jax import hosts, losses, optim, parallel, update
 from lm_jax.config import ConfigError, MeshConfig, OptimConfig
 from lm_jax.devices import TABLE
-from lm_jax.models import cudnn, kernels, ring, splash
+from lm_jax.models import blocked, cudnn, kernels, ring, splash
 from lm_jax.models.layers import kinds
 from lm_jax.models.layouts import Layout
 from lm_jax.models.transformer import Transformer, make
@@ -84,9 +84,33 @@ def test_a_ring_gives_what_one_device_gives(mesh, rule, packing, prefix):
     same(on_mesh(ring.ring, MESHES[mesh], *given, **RULES[rule]), graded(kernels.xla, *given, **RULES[rule]))
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """So that rows of a few tokens have some."""
+    monkeypatch.setattr(blocked, "LEAST", 6)
+
+
+BLOCKS = [(rule, "packed", 0, 22) for rule in RULES] + [  # the last of these rows' blocks is shorter
+    ("causal", "one document", 0, 24), ("window both ways", "one document", 0, 24), ("causal", "packed", 9, 22),
+    ("all at once", "one document", 9, 24), ("causal", "packed", 0, 9)]
+
+
+@pytest.mark.parametrize("rule, packing, prefix, T", BLOCKS)
+def test_blocks_show_what_the_mask_shows(rule, packing, prefix, T, small_blocks):
+    given = parts(T, packing=packing, prefix=prefix)
+    same(graded(blocked.blocked, *given, **RULES[rule]), graded(kernels.xla, *given, **RULES[rule]))
+
+
+@pytest.mark.parametrize("mesh", [dict(fsdp=2, model=4), dict(data=2, fsdp=1, model=2)], ids=str)
+@pytest.mark.parametrize("rule", ["all at once", "full layer among sliding ones"])
+def test_blocks_give_on_a_mesh_what_one_device_gives(mesh, rule, small_blocks):
+    given = parts(22, B=4)
+    same(on_mesh(blocked.blocked, mesh, *given, **RULES[rule]), graded(kernels.xla, *given, **RULES[rule]))
+
+
 @pytest.mark.parametrize("kernel, T, mesh", [
-    (kernels.xla, 16, dict(model=4)), (ring.ring, 16, dict(sequence=2, model=4)),
-    (splash.splash, 128, dict(model=4, fsdp=2))], ids=["xla", "ring", "splash"])
+    (kernels.xla, 16, dict(model=4)), (blocked.blocked, 16, dict(model=4)), (ring.ring, 16, dict(sequence=2, model=4)),
+    (splash.splash, 128, dict(model=4, fsdp=2))], ids=["xla", "blocked", "ring", "splash"])
 @pytest.mark.parametrize("K", [1, 2])
 def test_each_shard_of_heads_reads_its_own_key_heads(kernel, T, mesh, K):
     """Also where the mesh has more shards of heads than there are key heads."""
@@ -226,7 +250,9 @@ def mesh_of(platform: str, *, kind="", **sizes):
 
 CROWDED = "rows of more than 32 documents: xla"
 CHOICES = [  # platform, mesh, model, what is chosen for rows of 256 tokens
-    ("cpu", {}, {}, "xla"),
+    ("cpu", {}, {}, "blocked; cache: xla"),
+    ("cpu", dict(fsdp=2, model=2), dict(sinks=True, window=8, attention_softcap=3.0), "blocked; cache: xla"),
+    ("cpu", {}, dict(dropout=0.1), "xla"),
     ("cpu", dict(sequence=2), {}, "xla"),
     ("tpu", {}, {}, "splash; cache: xla"),
     ("tpu", dict(model=2, fsdp=2), dict(sinks=True, window=8, attention_softcap=3.0), "splash; cache: xla"),
@@ -328,7 +354,7 @@ def test_lengths_and_prefixes_have_their_say():
 
 
 @pytest.mark.parametrize("platform, changes, prefix, message", [
-    ("cpu", dict(attention="splash"), False, "'splash' cannot do platform cpu: xla can"),
+    ("cpu", dict(attention="splash"), False, "'splash' cannot do platform cpu: xla, blocked can"),
     ("tpu", dict(attention="splash", positions="alibi"), False, "model.positions='alibi': xla can"),
     ("tpu", dict(attention="splash", dropout=0.1), False, "model.dropout=0.1"),
     ("tpu", dict(attention="splash"), True, "data.objective='prefix'"),

@@ -14,6 +14,7 @@ import jax
 
 from lm_jax import devices, parallel
 from lm_jax.config import ConfigError, TransformerConfig
+from lm_jax.models.blocked import blocked
 from lm_jax.models.cudnn import GENERATIONS, SEGMENTS, cudnn
 from lm_jax.models.layouts import Layout
 from lm_jax.models.ring import ring
@@ -128,10 +129,11 @@ class Kernel:
 EVERYTHING = ("window", "softcap", "sinks", "bias", "dropout", "latent", "prefix", "cache", "cross", "sequence")
 KERNELS = {
     "xla": Kernel(xla, ("cpu", "gpu", "tpu"), frozenset(EVERYTHING)),
+    "blocked": Kernel(blocked, ("cpu",), frozenset(("window", "softcap", "sinks", "prefix"))),
     "cudnn": Kernel(cudnn, ("gpu",), frozenset(("window",)), _cudnn_limits),
     "splash": Kernel(splash, ("tpu",), frozenset(("window", "softcap", "sinks", "sequence")),
                      _splash_limits),
     "ring": Kernel(ring, ("cpu", "gpu", "tpu"), frozenset(("window", "softcap", "sinks", "prefix", "sequence")),
                    _ring_limits),
 }
-AUTO = {"tpu": ("splash", "ring"), "gpu": ("cudnn", "ring")}  # best first; then xla
+AUTO = {"cpu": ("blocked",), "tpu": ("splash", "ring"), "gpu": ("cudnn", "ring")}  # best first; then xla

@@ -32,8 +32,9 @@ from lm_jax.recipes.pretrain import row_lengths
 REACHED = {"tpu": 0.85, "gpu": 0.70, "memory": 0.85, "links": 0.80, "network": 0.80}
 AHEAD = ("weights", "gradients")  # what is moved while others compute
 STATE_BYTES = {"adamw": 16, "lion": 8, "muon": 8, "adafactor": 0}  # read and written a weight: its moments
-SCORES = {"xla": 2 + 4, "cudnn": 2 + 5, "ring": 2 + 5, "splash": 2 + 3 + 4}  # products, forward + backward
-KEPT = ("ring", "splash")  # kernels whose outputs remat="dots" keeps
+# products, forward + backward
+SCORES = {"xla": 2 + 4, "blocked": 2 + 5, "cudnn": 2 + 5, "ring": 2 + 5, "splash": 2 + 3 + 4}
+KEPT = ("blocked", "ring", "splash")  # kernels whose outputs remat="dots" keeps
 ITERATIONS = 5  # of Newton-Schulz
 
 
