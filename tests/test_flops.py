@@ -13,7 +13,7 @@ from lm_jax.models.layouts import Layout, visible
 from lm_jax.models.transformer import Transformer
 
 T, S = 12, 20
-TINY = config.TransformerConfig(vocab=48, width=16, depth=2, heads=4, hidden=40, max_length=32)
+TINY = config.TransformerConfig(vocab=48, width=16, depth=2, heads=4, hidden=40, max_length=32, attention="xla")
 VARIANTS = {
     "llama": dict(kv_heads=2, head_size=6, tied=False),
     "gpt2": dict(norm="layer", bias="all", gated=False, positions="learned"),
@@ -33,6 +33,18 @@ def test_the_equations_say_what_the_jaxpr_does(name):
     assert flops.count(objective, *abstract(cfg, rows=3)) == 3 * row
     assert flops.count(jax.grad(objective), *abstract(cfg, rows=3)) == 3 * flops.train(
         cfg, T, source_of(cfg), causal=False) == 9 * row
+
+
+def test_attention_in_blocks_makes_its_logits_once_more_and_later_keys_not_at_all():
+    cfg, tokens = dataclasses.replace(TINY, attention="blocked", max_length=256), 256
+    pairs = tokens * tokens * 3 // 4  # of two blocks, the first one's queries meet half of the keys
+    one = 2 * cfg.heads * cfg.sizes["H"] * pairs * cfg.depth
+    model, batch = abstract(cfg)
+    batch = {name: jax.ShapeDtypeStruct((1, tokens), batch[name].dtype)
+             for name in ("tokens", "targets", "weights", "positions", "segments")}
+    dense = flops.forward(cfg, tokens) - flops.scores(cfg, tokens)
+    assert flops.count(objective, model, batch) == dense + 2 * one
+    assert flops.count(jax.grad(objective), model, batch) == 3 * dense + 7 * one
 
 
 def test_depth_multiplies_and_is_not_counted_once():
