@@ -24,7 +24,7 @@ PARTS = {  # name -> what it measures; those of a config need --config
     "starts": "import, --help, and a config's time to its first step, cold and cached",
     "loader": "tokens a second from the packed store",
     "growth": "how cost grows over model size, length, vocabulary and devices",
-    "together": "eight points of a million parameters as one program, against one after another",
+    "together": "eight points of a million parameters side by side, against one after another",
     "gap": "what the trainer's loop costs the host beside its steps, at a million parameters",
     "entropy": "the memory of the cross-entropy at a vocabulary of 128k",
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 GIB = 2**30
-STACKED = 2**24  # most parameters of runs that share a program: beyond, one alone keeps a device busy
+STACKED = 2**24  # most parameters of runs trained side by side: beyond, one alone keeps a device busy
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,11 @@ def host_memory(root: Path = Path("/")) -> int:
             with contextlib.suppress(OSError, ValueError):  # "max" is none
                 found.append(int((root / top / folder / name).read_text()))
     return min(found)
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def priced(device: Device, prices: dict[str, float]) -> Device:

@@ -225,7 +225,8 @@ def device_kind() -> str:
 
 
 def on_cpu() -> bool:
-    """Whether programs run on CPUs, where scans are better unrolled and bfloat16 products accumulated in float32."""
+    """Whether programs run on CPUs, where scans are better unrolled, bfloat16 products accumulated in float32 and small
+    runs kept apart (scaling/abreast.py)."""
     return platform() == "cpu"
 
 

@@ -4,15 +4,15 @@
 
 Points that differ in length alone share a trunk: the shortest is trained first, and each longer one begins as the one
 before it was when its cool-down began. Small points that differ in seed, learning rate, weight decay or initial
-weights are trained as one program, on one device. `python -m lm_jax.sweep` starts this; what has a result is left as it
-is. Exit codes as of lm_jax.train, 78 if any diverged.
+weights are trained side by side on one device: as one program, or on a CPU one a core. `python -m lm_jax.sweep` starts
+this; what has a result is left as it is. Exit codes as of lm_jax.train, 78 if any diverged.
 """
 
 from lm_jax import cluster, command, errors
 from lm_jax.devices import STACKED
 
 FLAGS = {"out": "the sweep's folder", "points": "ids, with commas between",
-         "stacked": f"most parameters of points that share a program; default {STACKED}"}
+         "stacked": f"most parameters of points that are trained side by side; default {STACKED}"}
 
 
 def main(argv):

@@ -147,11 +147,11 @@ def test_a_table_says_value_unit_spread_and_what_is_nominal():
     assert json.loads(json.dumps(long.record()))["value"] == 12 and long.unit == "s"
 
 
-def test_stacked_points_make_the_same_steps_as_those_alone():
+def test_points_together_make_the_same_steps_as_those_alone():
     c = stacked.config(5e4, vocab=64, length=16, batch=2)
     found = {figure.name: figure for figure in stacked.measured(c, points=2, steps=2, turns=2)}
-    assert found["stacked"].value > 0 and found["one after another"].value > 0
-    assert found["stacked is as fast as one after another, times"].times == 2
+    assert found["together"].value > 0 and found["one after another"].value > 0
+    assert found["together is as fast as one after another, times"].times == 2
 
 
 def test_the_loader_is_measured_over_its_own_rows():

@@ -6,19 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 from test_sweep import read
 
+from lm_jax import devices
 from lm_jax import together as program
 from lm_jax.clock import Clock
 from lm_jax.errors import ConfigError
+from lm_jax.measure import stacked as measured
 from lm_jax.preflight import topology
 from lm_jax.recipes import run
+from lm_jax.scaling import abreast, records, sweep, together, watch
 from lm_jax.scaling import points as scaling_points
-from lm_jax.scaling import records, sweep, together, watch
 from lm_jax.workdir import Workdir
 
 WSD = "[{{'optim.schedule': 'wsd', 'optim.decay': 0.3, 'train.steps': s, 'seed': k}} for s in {} for k in {}]".format
@@ -50,7 +53,9 @@ def stacked(points, out) -> list[dict]:
     return found
 
 
-def test_each_loss_curve_is_the_single_runs(tmp_path):
+@pytest.mark.parametrize("way", abreast.WAYS.values(), ids=lambda way: way.__name__)
+def test_each_loss_curve_is_the_single_runs(tmp_path, monkeypatch, way):
+    monkeypatch.setattr(abreast, "WAYS", dict.fromkeys(abreast.WAYS, way))
     varied = ("[{'seed': 0}, {'seed': 1, 'optim.lr': 1e-2}, {'optim.weight_decay': 0.7}, {'model.init_std': 0.1}]")
     points, _ = read(tmp_path, varied, "--config.train.steps=40", "--config.train.eval_every=25")
     found = stacked(points, tmp_path / "stack")
@@ -67,7 +72,9 @@ def test_each_loss_curve_is_the_single_runs(tmp_path):
     assert len({summary["val_loss"] for summary in found}) == 4, "they are four runs"
 
 
-def test_a_run_that_diverges_ends_alone(tmp_path):
+@pytest.mark.parametrize("way", abreast.WAYS.values(), ids=lambda way: way.__name__)
+def test_a_run_that_diverges_ends_alone(tmp_path, monkeypatch, way):
+    monkeypatch.setattr(abreast, "WAYS", dict.fromkeys(abreast.WAYS, way))
     points, _ = read(tmp_path, "[{'seed': 0}, {'optim.lr': 1e30}]", "--config.train.steps=60")
     fine, wild = stacked(points, tmp_path)
     assert wild["status"] == "diverged" and 4 <= wild["steps"] < 60 and "val_loss" not in wild
@@ -115,6 +122,21 @@ def test_trunks_and_stacks_go_on_where_they_were_stopped_and_are_charged_once(tm
     assert 20 < trunk < 30 and points[2].sibling == points[0].id and not points[0].begins
     np.testing.assert_array_equal(short[:trunk], long[:trunk])
     assert short[-1] != long[39]
+
+
+def test_runs_on_several_cores_are_each_the_run_that_it_would_be_on_one(monkeypatch):
+    c = measured.config(5e4, vocab=64, length=16, batch=2)
+    configs = [replace(c, seed=seed) for seed in range(3)]
+    two = lambda seed: jax.tree.map(lambda *a: np.concatenate(a), measured.batch(c, seed), measured.batch(c, seed + 1))
+    calls = [[two(10 * r + i) for r in range(3)] for i in (0, 2, 4)]
+    found = []
+    for cores in (1, 3):
+        monkeypatch.setattr(devices, "cores", lambda: cores)
+        runs = abreast.Spread(configs, measured.begun(c, 3), room=2)
+        sent = [runs.advance(rows, of=20, count=2) for rows in calls]  # the next before the last are made
+        found.append(([runs.metrics(one)["loss"] for one in sent], jax.tree.leaves(runs.states())))
+    assert found[0][0][0].shape == (2, 3)
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_a_damaged_member_or_trunk_costs_no_other_point_anything(tmp_path, monkeypatch, capsys):

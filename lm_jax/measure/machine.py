@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from lm_jax import devices
 from lm_jax.measure import pages
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
@@ -18,7 +19,7 @@ def record() -> dict:
     """The machine, the versions, the load as it is now."""
     device = jax.devices()[0]
     return {"time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "device": device.device_kind,
-            "platform": device.platform, "devices": jax.device_count(), "cpu": cpu(), "cores": cores(),
+            "platform": device.platform, "devices": jax.device_count(), "cpu": cpu(), "cores": devices.cores(),
             "load": load(), "pages": pages.in_use(), "python": platform.python_version(), "versions": versions()}
 
 
@@ -34,11 +35,6 @@ def told(record: dict) -> str:
 def load() -> list[float]:
     """Processes that wanted a core, over the last 1, 5 and 15 minutes."""
     return [round(x, 2) for x in os.getloadavg()]
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def cpu() -> str:

@@ -1,9 +1,8 @@
-"""Small points of a sweep as one program under `vmap`, against the same points one after another."""
+"""Small points of a sweep trained side by side, as a sweep does, against the same points one after another."""
 
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lm_jax import optim, update
@@ -13,7 +12,7 @@ from lm_jax.measure.figures import Figure, duration, rate
 from lm_jax.models import flops, transformer, zoo
 from lm_jax.models.layers import kinds
 from lm_jax.recipes import pretrain
-from lm_jax.scaling import together
+from lm_jax.scaling import abreast
 
 POINTS = 8
 LAST = 1000  # steps of the runs, of which some are timed
@@ -28,29 +27,30 @@ def config(params: float = 1e6, *, vocab: int = 512, length: int = 128, batch: i
 
 def measured(c: Config | None = None, *, points: int = POINTS, steps: int = 4, turns: int = timing.TURNS
              ) -> list[Figure]:
-    """Both ways, in turns, the batches ready on the device: the same steps of the same points."""
+    """Both ways, in turns, everything compiled: the same steps of the same points."""
     c = c or config()
-    alone, stack = _alone(c, points, steps), _stack(c, points, steps)
-    seconds = timing.interleaved({"stacked": stack, "one after another": alone}, turns=turns)
+    alone, (together, way) = _alone(c, points, steps), _together(c, points, steps)
+    seconds = timing.interleaved({"together": together, "one after another": alone}, turns=turns)
     tokens = points * steps * c.train.batch * c.data.length
     count = flops.parameters(c.model)
     what = (f"{points} points of {count['non_embedding']:,} parameters without embeddings, {c.train.batch} rows of "
             f"{c.data.length}")
     return [*(rate(name, tokens, times, "tokens/s", what) for name, times in seconds.items()),
-            *(duration(f"  a step of all, {name}", [s / steps for s in times]) for name, times in seconds.items()),
-            timing.times_as_fast("stacked is as fast as one after another, times", *seconds.values())]
+            *(duration(f"  a step of all, {name}", [s / steps for s in times], how)
+              for (name, times), how in zip(seconds.items(), (way, "each by its own program"))),
+            timing.times_as_fast("together is as fast as one after another, times", *seconds.values())]
 
 
-def _states(c: Config, points: int) -> list[update.State]:
-    """Of each point before its first step."""
+def begun(c: Config, points: int) -> list[update.State]:
+    """States of points of several seeds before their first steps."""
     models = [transformer.make(c.model, seed=seed) for seed in range(points)]
     tx = optim.make(c.optim, LAST, kinds(models[0]))
     return [update.begin(model, tx) for model in models]
 
 
-def _batch(c: Config) -> dict:
+def batch(c: Config, seed: int = 0) -> dict:
     """Rows of random ids, one document each."""
-    rng, shape = np.random.default_rng(0), (c.train.batch, c.data.length)
+    rng, shape = np.random.default_rng(seed), (c.train.batch, c.data.length)
     ids = rng.integers(0, c.model.vocab, shape, np.int32)
     return {"tokens": ids, "targets": np.roll(ids, -1, 1), "weights": np.ones(shape, np.float32),
             "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy(),
@@ -59,33 +59,22 @@ def _batch(c: Config) -> dict:
 
 def _alone(c: Config, points: int, steps: int):
     """As `train` runs them: one program, sent a step at a time, a point after the other."""
-    states, batch = _states(c, points), jax.device_put(_batch(c))
+    states, rows = begun(c, points), jax.device_put(batch(c))
     tx, rate = optim.make(c.optim, LAST, kinds(states[0].model)), optim.schedule(c.optim, LAST)
     step, key = jax.jit(update.make_step(pretrain.loss(c), tx, rate), donate_argnums=0), jax.random.key(0)
 
     def run():
         for r in range(points):
             for _ in range(steps):
-                states[r], _ = step(states[r], batch, key)
-        jax.block_until_ready(states)
+                states[r], _ = step(states[r], rows, key)
+            jax.block_until_ready(states[r])
 
     return run
 
 
-def _stack(c: Config, points: int, steps: int):
-    """As a sweep runs them: so many steps of all in one call."""
-    leaves, structures = zip(*map(jax.tree.flatten, _states(c, points)))
-    states = jax.tree.unflatten(structures[0], map(jnp.stack, zip(*leaves)))
-    batches = jax.device_put(jax.tree.map(
-        lambda a: np.broadcast_to(a, (steps, points, *a.shape)).copy(), _batch(c)))
-    common = together.alike(c)
-    advance = together.program(replace(common, train=replace(common.train, steps=1)))
-    keys_R = jnp.stack([jax.random.key(seed) for seed in range(points)])
-    rates = tuple(jnp.full(points, getattr(c.optim, name)) for name in ("lr", "weight_decay"))
-
-    def run():
-        nonlocal states
-        states, metrics = advance(states, batches, keys_R, rates, LAST, steps)
-        jax.block_until_ready(states)
-
-    return run
+def _together(c: Config, points: int, steps: int):
+    """As a sweep runs them: so many steps of all in one call, from rows in host memory to metrics there."""
+    configs = [replace(c, seed=seed) for seed in range(points)]
+    runs = abreast.begin(configs, begun(c, points), room=steps)
+    rows = [jax.tree.map(lambda a: np.concatenate([a] * steps), batch(c))] * points
+    return lambda: runs.metrics(runs.advance(rows, of=LAST, count=steps)), str(runs)

@@ -26,7 +26,7 @@ from lm_jax.preflight import show
 from lm_jax.preflight.forecast import Forecast
 from lm_jax.preflight.topology import Topology
 from lm_jax.recipes.pretrain import planned, row_lengths
-from lm_jax.scaling import ladder, together
+from lm_jax.scaling import abreast, ladder
 from lm_jax.workdir import FREE
 
 LOGITS = 2**28  # most logits of a step of points that share a program: 1 GiB
@@ -173,7 +173,7 @@ def groups(points: Sequence[Point], stacked: float, *, least: int = 1) -> list[l
     for point in points:
         steps = 1 if point.config.optim.schedule == "wsd" else point.config.train.steps
         c = dataclasses.replace(point.config, train=dataclasses.replace(point.config.train, steps=steps))
-        sets.setdefault(together.alike(c), {}).setdefault(c, []).append(point)
+        sets.setdefault(abreast.alike(c), {}).setdefault(c, []).append(point)
     found, parts = [], -(-least // max(1, len(sets)))
     for runs in map(list, map(dict.values, sets.values())):
         most = min(_most(runs[0][0].planned, stacked), -(-len(runs) // parts))

@@ -1,41 +1,29 @@
-"""Runs that differ in seed, learning rate, weight decay or initial weights alone, trained as one program by vmap.
+"""Runs that differ in seed, learning rate, weight decay or initial weights alone, trained side by side in one process.
 
-A model of a million parameters leaves a device idle between its own small steps. Here the same arrays of all runs lie
-beside each other (R, the first axis), and a program makes many steps of all of them at once, their data an argument of
-it: the host is asked once for what it would be asked `STEPS` times R times. Each run keeps a folder of its own, in
-which it could go on alone, and its loss curve is the one it would have alone, to the rounding of a product of matrices.
+A model of a million parameters leaves a device idle in and between its own small steps: `abreast` makes those of all
+runs at once, many in a call, their data an argument of it, so that the host is asked once for what it would be asked
+`STEPS` times R times. Each run keeps a folder of its own, in which it could go on alone, and its loss curve is the one
+it would have alone, to the rounding of a product of matrices.
 """
 
 import contextlib
-import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import faults, optim, signals, update
+from lm_jax import faults, hosts, signals
 from lm_jax.clock import Clock
-from lm_jax.config import Config
 from lm_jax.data.loader import Loader
 from lm_jax.errors import Failure
-from lm_jax.models import transformer
-from lm_jax.models.layers import kinds
 from lm_jax.recipes import pretrain, run
+from lm_jax.scaling import abreast
 from lm_jax.trainer import Every, Trainer
 from lm_jax.workdir import Workdir
 
 STEPS = 32  # that a program makes at most
 PATIENT = 3.0  # seconds of steps at once: a signal waits for twice as long
-
-
-def alike(c: Config) -> Config:
-    """What stacked runs have in common: their config with what may vary at values of no meaning."""
-    optimizer = replace(c.optim, lr=1.0, weight_decay=0.0)
-    return replace(c, name="", seed=0, optim=optimizer, model=replace(c.model, init_std=0.0))
 
 
 @dataclass(frozen=True)
@@ -88,7 +76,7 @@ def _trainer(member: Member, evaluation, clock: Clock, *, quiet: bool) -> Traine
 
 
 class Stack:
-    """Trainers of configs that are `alike`, all after the same step, as one state; and the loader of each."""
+    """Trainers of configs that are `alike`, all after the same step; and the loader of each."""
 
     def __init__(self, runs: Sequence[Trainer], loaders: Sequence[Loader], clock: Clock):
         self.runs, self.loaders, self.clock = runs, loaders, clock
@@ -96,13 +84,9 @@ class Stack:
         self.room = min([STEPS, *(hook.steps for hook in runs[0].hooks if isinstance(hook, Every))])
         self.most = self.room  # steps to send at once
         self.alive = set(range(len(runs)))
-        leaves, self.structures = zip(*(jax.tree.flatten(one.state) for one in runs))  # which know each its init_std
-        self.states = jax.tree.unflatten(self.structures[0], map(jnp.stack, zip(*leaves)))
-        self.keys = jnp.stack([jax.random.key(one.config.seed) for one in runs])
-        self.rates = tuple(jnp.array([getattr(one.config.optim, name) for one in runs])
-                           for name in ("lr", "weight_decay"))
-        common = alike(replace(runs[0].config, model=runs[0].state.model.cfg))
-        self.advance = program(replace(common, train=replace(common.train, steps=1)))
+        configs = [replace(one.config, model=one.state.model.cfg) for one in runs]
+        self.abreast = abreast.begin(configs, [one.state for one in runs], room=self.room)
+        hosts.say(f"trained side by side: {self.abreast}")
         self._sent = None
 
     def fit(self) -> list[str]:
@@ -132,9 +116,9 @@ class Stack:
         ahead = np.arange(self.done * size, (self.done + count) * size)
         rows = [(ahead + one.skipped * size) % loader.rows_needed for one, loader in zip(self.runs, self.loaders)]
         with self.clock.phase("wait"):
-            batches = _stacked([loader.rows(k) for k, loader in zip(rows, self.loaders)], count, self.room)
+            rows = [loader.rows(k) for k, loader in zip(rows, self.loaders)]
         waited = time.perf_counter() - begun
-        self.states, metrics = self._advanced(batches, count)
+        metrics = self._advanced(rows, count)
         self._read()
         self._sent = (self.done, count, metrics, waited)
         self.done += count
@@ -155,9 +139,9 @@ class Stack:
         self._clock = time.perf_counter()
         return stopped
 
-    def _advanced(self, batches, count: int):
-        """The states after so many steps, and their metrics; the first call compiles, which is no time of a step's."""
-        send = lambda: self.advance(self.states, batches, self.keys, self.rates, self.last, count)
+    def _advanced(self, rows: list[dict], count: int):
+        """Metrics of so many steps; the first call compiles, which is no time of a step's."""
+        send = lambda: self.abreast.advance(rows, of=self.last, count=count)
         if self.runs[0].meter.compile_seconds:
             return send()
         begun = time.perf_counter()
@@ -173,7 +157,7 @@ class Stack:
         if self._sent is None:
             return
         (first, count, metrics, waited), self._sent = self._sent, None
-        metrics = jax.device_get(metrics)
+        metrics = self.abreast.metrics(metrics)
         self.clock.step()
         now = time.perf_counter()
         share = 1 / (count * len(self.runs))  # of the time, which the runs have in common
@@ -192,54 +176,5 @@ class Stack:
 
     def _share(self):
         """Give each run its own state."""
-        for one, structure, leaves in zip(self.runs, self.structures, _apart(jax.tree.leaves(self.states))):
-            one.state = jax.tree.unflatten(structure, leaves)
-
-
-@functools.cache
-def program(c: Config):
-    """The jitted (states, batches [room, R, ...], keys_R, (rates_R, decays_R), steps of the run, steps to make) ->
-    (states, metrics [room, R]) of runs that are `alike` this config; their length is an argument too."""
-    model = jax.eval_shape(partial(transformer.make, c.model, seed=0))
-    loss, groups = pretrain.loss(c), kinds(model)
-
-    def one(state, batch, key, rates, steps):
-        o = replace(c.optim, lr=rates[0], weight_decay=rates[1])
-        step = update.make_step(loss, optim.make(o, steps, groups), optim.schedule(o, steps),
-                                 microbatches=c.train.microbatches)
-        return step(state, batch, jax.random.fold_in(key, state.step))
-
-    def advance(states, batches, keys_R, rates, steps, count):
-        every = jax.vmap(one, in_axes=(0, 0, 0, 0, None))
-
-        def body(i, carry):
-            states, rows = carry
-            batch = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), batches)
-            states, metrics = every(states, batch, keys_R, rates, steps)
-            return states, jax.tree.map(lambda row, new: row.at[i].set(new), rows, metrics)
-
-        first = jax.tree.map(lambda a: a[0], batches)
-        metrics = jax.eval_shape(every, states, first, keys_R, rates, steps)[1]
-        room = len(jax.tree.leaves(batches)[0])
-        rows = jax.tree.map(lambda a: jnp.zeros((room, *a.shape), a.dtype), metrics)
-        return jax.lax.fori_loop(0, count, body, (states, rows))
-
-    return jax.jit(advance, donate_argnums=0)
-
-
-@jax.jit
-def _apart(leaves: list) -> list[list]:
-    """The leaves of each run."""
-    return [[leaf[r] for leaf in leaves] for r in range(len(leaves[0]))]
-
-
-def _stacked(rows: list[dict], count: int, room: int):
-    """So many steps' rows of each run as batches [room, R, B, ...], filled up with zeros."""
-
-    def whole(*leaves):
-        batches = np.zeros((room, len(leaves), len(leaves[0]) // count, *leaves[0].shape[1:]), leaves[0].dtype)
-        for r, leaf in enumerate(leaves):
-            batches[:count, r] = leaf.reshape(count, *batches.shape[2:])
-        return batches
-
-    return jax.tree.map(whole, *rows)
+        for one, state in zip(self.runs, self.abreast.states()):
+            one.state = state
