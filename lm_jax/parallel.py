@@ -225,8 +225,7 @@ def device_kind() -> str:
 
 
 def on_cpu() -> bool:
-    """Whether programs run on CPUs, where scans are better unrolled, bfloat16 products accumulated in float32 and small
-    runs kept apart (scaling/abreast.py)."""
+    """Whether programs run on CPUs: scans better unrolled, bfloat16 products summed in float32, small runs apart."""
     return platform() == "cpu"
 
 
