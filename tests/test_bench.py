@@ -71,7 +71,7 @@ def test_packing_is_measured_over_rows_of_documents():
     assert rows["positions"][0].tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2]
     with subject.opened(tiny()) as it:
         found = {figure.name.strip(): figure for figure in packing.measured(it, turns=1)}
-    assert {"a step, packed", "a step, unpacked", "a layer's attention by xla, plain"} <= found.keys()
+    assert {"a step, packed", "a step, unpacked", "a layer's attention by blocked, plain"} <= found.keys()
     assert found["packed costs over plain"].unit == "%"
 
 
