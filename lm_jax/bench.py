@@ -2,7 +2,7 @@
 
     python -m lm_jax.bench --config=configs/tiny.py                      the limits, then this config's training
     python -m lm_jax.bench --config=configs/tiny.py --parts=starts,loader,growth
-    python -m lm_jax.bench --against=torch --sizes=a --dtypes=float32    side by side, in turns, in one process
+    python -m lm_jax.bench --against=torch --sizes=a --dtypes=float32    side by side, in turns
     python -m lm_jax.bench --against=transformers
     python -m lm_jax.bench --against=torch --json > figures.jsonl        a line of JSON a part
 
@@ -68,7 +68,6 @@ def parse(argv) -> argparse.Namespace:
         help="with --against=torch: a is 10M parameters, T 256, batch 16; b is GPT-2 small, T 512, batch 8")
     add("--dtypes", type=names(("float32", "bfloat16")), default=["float32", "bfloat16"], metavar="A,B",
         help="with --against")
-    add("--memory", action="store_true", help="with --against=torch: each side's memory too, in processes of their own")
     add("--turns", type=int, default=7, help="times that each is measured, after a warm-up; default 7")
     add("--pages", choices=("huge", "plain"), default="huge",
         help="memory pages of all that is measured, set by beginning this process again; default huge")

@@ -1,10 +1,12 @@
-"""Training beside PyTorch: the same model, weights, batch, optimizer step and precision, in turns in one process."""
+"""Training beside PyTorch: the same model, weights, batch, optimizer step and precision, in turns."""
 
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+from dataclasses import asdict
 
 import jax
 import numpy as np
@@ -23,13 +25,16 @@ SIDES = ("lm_jax", "torch eager", "torch compiled")
 
 
 def measured(case: Case, dtype: str, *, turns: int = timing.TURNS, sides=SIDES) -> list[Figure]:
-    """Tokens a second of each side, and how many times as fast ours is as the best of the others."""
+    """Tokens a second of each side, how many times as fast ours is as the best of the others, and memory."""
     torch_reference.package("torch")
-    steps, first = {}, []
-    for name in sides:
-        steps[name] = side(name, case, dtype)
-        first.append(Figure(f"first step, {name}", timing.once(steps[name]), "s", "compiling included"))
-    seconds = timing.interleaved(steps, turns=turns, warm=1)  # after the first step
+    with contextlib.ExitStack() as stack:
+        steps = {name: stack.enter_context(Apart(case, dtype, name)) for name in sides}
+        first = [Figure(f"first step, {name}", timing.once(step), "s", "compiling included")
+                 for name, step in steps.items()]
+        seconds = timing.interleaved(steps, turns=turns, warm=2)
+        memory = [Figure(f"memory of the host, {name}", (step.peak - step.bare) / 2**30, "GiB", "the process's peak, "
+                         f"compiling included, above the {step.bare / 2**30:.2f} GiB of both packages imported")
+                  for name, step in steps.items()]
     tokens, cfg = case.batch * case.length, case.config(dtype)
     work = case.batch * flops.train(cfg, case.length)
     best = timing.faster({name: s for name, s in seconds.items() if name != "lm_jax"})
@@ -38,18 +43,34 @@ def measured(case: Case, dtype: str, *, turns: int = timing.TURNS, sides=SIDES) 
              for name, s in seconds.items()]
     found += [duration(f"  a step of {name}", s) for name, s in seconds.items()]
     found.append(timing.times_as_fast(f"lm_jax is as fast as {best}, times", seconds["lm_jax"], seconds[best]))
-    return found + first
+    return found + first + memory
 
 
-def memory(name: str, key: str, dtype: str) -> Figure:
-    """Most bytes of a process that makes three steps of one side of a case, compiling included, less those of one that
-    makes none."""
-    path = os.pathsep.join(filter(None, (os.getcwd(), *sys.path)))
-    done = subprocess.run([sys.executable, "-m", "lm_jax.measure.against_torch", key, dtype, name],
-                          capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path})
-    bare, peak = json.loads(done.stdout.splitlines()[-1])
-    return Figure(f"memory of the host, {name}", (peak - bare) / 2**30, "GiB", "three steps' peak, compiling included, "
-                  f"above the {bare / 2**30:.2f} GiB of both packages imported")
+class Apart:
+    """A side's training step in a process of its own: called, it makes one there. Two in one process would share an
+    allocator and get in the way of each other's threads."""
+
+    def __init__(self, case: Case, dtype: str, name: str):
+        path = os.pathsep.join(filter(None, (os.getcwd(), *sys.path)))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lm_jax.measure.against_torch", json.dumps(asdict(case)), dtype, name], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
+        self.bare = self.peak = json.loads(self.process.stdout.readline() or self._failed())
+
+    def __call__(self) -> timing.Spent:
+        print(file=self.process.stdin, flush=True)
+        seconds, cpu, self.peak = json.loads(self.process.stdout.readline() or self._failed())
+        return timing.Spent(seconds, cpu)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+    def _failed(self):
+        raise RuntimeError(f"this side ended with code {self.process.wait()}; its last words are above")
 
 
 def side(name: str, case: Case, dtype: str):
@@ -85,15 +106,18 @@ def batch(case: Case) -> dict:
             "segments": np.ones_like(tokens)}
 
 
-def _peaks(key: str, dtype: str, name: str) -> list[int]:
-    """This process's peaks of memory before and after three steps."""
+def answer(case: Case, dtype: str, name: str):
+    """A step for each line of standard input: its seconds, those of all threads, and the process's peak of memory."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed
     torch_reference.package("torch")
     peak = lambda: log.peak_memory()["host_memory_peak"]
-    bare, run = peak(), side(name, CASES[key], dtype)
-    for _ in range(3):
-        run()
-    return [bare, peak()]
+    print(peak(), file=replies, flush=True)
+    run = side(name, case, dtype)
+    for _ in sys.stdin:
+        spent = timing.once(run)
+        print(json.dumps([spent, spent.cpu, peak()]), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    print(json.dumps(_peaks(*sys.argv[1:])))
+    answer(Case(**json.loads(sys.argv[1])), *sys.argv[2:])

@@ -99,11 +99,8 @@ def _torch(page: Page, args):
     for size in args.sizes:
         for dtype in args.dtypes:
             case = against_torch.CASES[size]
-            title = f"({size}) {case.name}, {dtype}"
-            page.show("torch", title, against_torch.measured(case, dtype, turns=args.turns))
-            if args.memory:
-                found = [against_torch.memory(side, size, dtype) for side in against_torch.SIDES]
-                page.show("torch", f"memory of {title}", found)
+            found = against_torch.measured(case, dtype, turns=args.turns)
+            page.show("torch", f"({size}) {case.name}, {dtype}", found)
 
 
 def _transformers(page: Page, args):
