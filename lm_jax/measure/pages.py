@@ -9,7 +9,8 @@ import platform
 import sys
 
 TUNABLES = "GLIBC_TUNABLES"
-HUGE = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=68719476736"
+HUGE = ("glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:"  # one arena: what other threads free is kept as well
+        "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=68719476736")
 KINDS = ("huge", "plain")
 
 
