@@ -14,7 +14,7 @@ why.
 import argparse
 import shlex
 
-from lm_jax import errors
+from lm_jax import errors, pages
 from lm_jax.errors import ConfigError
 
 PARTS = {  # name -> what it measures; those of a config need --config
@@ -36,10 +36,8 @@ CONTENTS = "\n".join(f"  {name:<14}{what}" for name, what in (PARTS | AGAINST).i
 
 def main(argv):
     args = parse(argv)
-    from lm_jax.measure import pages  # what follows takes seconds to import, which --help need not
-
-    pages.begin_again("lm_jax.bench", argv, args.pages)
-    from lm_jax import command
+    pages.begin_again(args.pages)
+    from lm_jax import command  # what follows takes seconds to import, which --help need not wait for
     from lm_jax.measure import machine, parts
 
     needed = [name for name in args.parts if name in OF_CONFIG]

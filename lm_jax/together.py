@@ -8,7 +8,7 @@ weights are trained side by side on one device: as one program, or on a CPU one 
 this; what has a result is left as it is. Exit codes as of lm_jax.train, 78 if any diverged.
 """
 
-from lm_jax import cluster, command, errors
+from lm_jax import cluster, command, errors, pages
 from lm_jax.devices import STACKED
 
 FLAGS = {"out": "the sweep's folder", "points": "ids, with commas between",
@@ -23,4 +23,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    pages.settle()
     errors.run(main)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from lm_jax import cluster, command, config, errors
+from lm_jax import cluster, command, config, errors, pages
 from lm_jax.errors import ConfigError
 
 START = "folder of a run to begin as: one that differs in its length alone, before either cools down (wsd)"
@@ -61,4 +61,5 @@ def examined(argv) -> int:
 
 
 if __name__ == "__main__":
+    pages.settle()
     errors.run(main)

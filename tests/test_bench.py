@@ -22,7 +22,6 @@ from lm_jax.measure import (
     loader,
     ops,
     packing,
-    pages,
     stacked,
     subject,
     timing,
@@ -164,12 +163,6 @@ def test_the_entropy_of_many_parts_holds_a_chunk_and_not_all():
     found = {f.name: f for f in entropy.measured(vocab=65_536, width=64, rows=4, length=1024)}
     assert found["one chunk of logits"].value < found["all logits"].value
     assert found["temporaries of loss and gradients"].value < found["all logits"].value
-
-
-def test_pages_keep_the_users_other_tunables(monkeypatch):
-    monkeypatch.setenv(pages.TUNABLES, f"glibc.malloc.check=1:{pages.HUGE}")
-    assert pages.environment("plain")[pages.TUNABLES] == "glibc.malloc.check=1"
-    assert pages.in_use() == "huge"
 
 
 def test_flags_say_what_is_wrong_with_them():

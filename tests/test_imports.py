@@ -15,7 +15,7 @@ FILES = sorted((ROOT / "lm_jax").rglob("*.py"))
 LAYERS = (
     ("credentials",),
     ("errors",),
-    ("checks", "disk", "devices"),
+    ("checks", "disk", "devices", "pages"),
     ("config", "lease", "faults", "cluster"),
     ("peers",),
     ("parallel", "batch", "seal", "workdir", "signals", "clock", "fingerprint", "command"),

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lm_jax.measure import pages, timing
+from lm_jax import pages
+from lm_jax.measure import timing
 from lm_jax.measure.figures import Figure, rate
 
 # Tokens, fan-in and fan-out of a step's products: (a) and (b) of the comparison with PyTorch; wider on an accelerator.

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import jax
 
-from lm_jax import devices
-from lm_jax.measure import pages
+from lm_jax import devices, pages
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
 

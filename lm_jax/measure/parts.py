@@ -7,6 +7,7 @@ import json
 import jax
 from rich.console import Console
 
+from lm_jax import pages
 from lm_jax.measure import (
     against_torch,
     against_transformers,
@@ -17,7 +18,6 @@ from lm_jax.measure import (
     loader,
     machine,
     packing,
-    pages,
     stacked,
     starts,
     subject,

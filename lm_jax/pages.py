@@ -1,7 +1,8 @@
-"""Huge pages for a benchmark's process: without them a GEMM whose operands are new to it waits for the kernel.
+"""Memory pages of a process: on a CPU, training waits for the kernel wherever its arrays lie on pages new to it.
 
-glibc reads its tunables before a program begins, so a program that wants them begins again. Both sides of a comparison
-live in the one process and have the same setting.
+glibc gives back what a step has freed, and the next step takes it anew, page by page; with large pages that are kept, a
+step of ten million parameters takes four fifths of the time (docs/performance.md). glibc reads its tunables before a
+program begins, so a program that wants others begins again.
 """
 
 import os
@@ -12,14 +13,22 @@ TUNABLES = "GLIBC_TUNABLES"
 HUGE = ("glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:"  # one arena: what other threads free is kept as well
         "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=68719476736")
 KINDS = ("huge", "plain")
+ACCELERATORS = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")  # a GPU's or TPU's arrays are not malloc's
 
 
-def begin_again(module: str, argv: list[str], kind: str):
+def settle():
+    """Large pages for a program that trains, where arrays are the host's and the user has not set malloc himself."""
+    cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(os.path.exists, ACCELERATORS))
+    if cpu and TUNABLES not in os.environ:
+        begin_again("huge")
+
+
+def begin_again(kind: str):
     """Replace this process by itself under the asked kind of pages, where it is under another; else return."""
     wanted = environment(kind)
     if wanted.get(TUNABLES) != os.environ.get(TUNABLES):
         sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, "-m", module, *argv[1:]], wanted)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
 
 
 def environment(kind: str) -> dict[str, str]:
