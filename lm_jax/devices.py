@@ -5,8 +5,10 @@ Rates of links are one way, added up over the links of a chip. Prices change: `p
 """
 
 import contextlib
+import glob
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,6 +127,20 @@ def host_memory(root: Path = Path("/")) -> int:
 def cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def accelerators(env: Mapping[str, str] = os.environ) -> tuple[str, list[str]]:
+    """("gpu" or "tpu" or "cpu", ids): this machine's, from the environment's choice or the device files, without JAX.
+    """
+    if env.get("JAX_PLATFORMS") == "cpu":
+        return "cpu", []
+    for kind, name, patterns in (("gpu", "CUDA_VISIBLE_DEVICES", ("/dev/nvidia[0-9]*",)),
+                                 ("tpu", "TPU_VISIBLE_CHIPS", ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*"))):
+        files = [file for pattern in patterns for file in glob.glob(pattern)]
+        found = env[name].split(",") if name in env else sorted((re.sub(r"\D", "", file) for file in files), key=int)
+        if found := [device.strip() for device in found if device.strip() not in ("", "-1")]:
+            return kind, found
+    return "cpu", []
 
 
 def priced(device: Device, prices: dict[str, float]) -> Device:

@@ -9,17 +9,16 @@ import os
 import platform
 import sys
 
+from lm_jax import devices
+
 TUNABLES = "GLIBC_TUNABLES"
 HUGE = ("glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:"  # one arena: what other threads free is kept as well
         "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=68719476736")
-KINDS = ("huge", "plain")
-ACCELERATORS = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")  # a GPU's or TPU's arrays are not malloc's
 
 
 def settle():
     """Large pages for a program that trains, where arrays are the host's and the user has not set malloc himself."""
-    cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(os.path.exists, ACCELERATORS))
-    if cpu and TUNABLES not in os.environ:
+    if TUNABLES not in os.environ and devices.accelerators()[0] == "cpu":
         begin_again("huge")
 
 

@@ -95,7 +95,7 @@ class Trainer:
         self._log = lambda: log.Log(workdir, steps=c.steps, start=self.done, loggers=c.loggers, config=to_dict(config),
                                     quiet=quiet)
         self.log = self._log()
-        burst = optim.burst(np.asarray(self.state.opt.refused))
+        burst = tuple(map(int, optim.burst(np.asarray(self.state.opt.refused))))
         self.meter = Meter(self.log, recipe.tokens, recipe.flops, recipe.derived, every=c.log_every, clock=self.clock,
                            seconds=seconds, burst=burst if burst[0] >= 0 else None)
 

@@ -15,8 +15,8 @@ FILES = sorted((ROOT / "lm_jax").rglob("*.py"))
 LAYERS = (
     ("credentials",),
     ("errors",),
-    ("checks", "disk", "devices", "pages"),
-    ("config", "lease", "faults", "cluster"),
+    ("checks", "disk", "devices"),
+    ("config", "lease", "faults", "cluster", "pages"),
     ("peers",),
     ("parallel", "batch", "seal", "workdir", "signals", "clock", "fingerprint", "command"),
     ("data", "models", "hosts"),

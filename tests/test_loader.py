@@ -249,3 +249,24 @@ def test_a_stream_works_ahead(data):
 def test_rows_outside_the_run_are_an_error(data):
     with pytest.raises(IndexError, match="row 6000 of a run of 6000 rows"):
         loader(data).row(6000)
+
+
+def test_a_damaged_row_ends_a_run_at_its_own_batch_and_at_no_earlier_one(data, monkeypatch):
+    """Batches are made many at a time; those before the damage are given all the same."""
+    train, here = loader(data), np.arange(30)
+    whole = [batch for batch, _ in zip(train.batches(0, here), range(12))]
+    make, bad = Loader._made, 9 * 30 + 4
+
+    def made(self, k, source, index):
+        if bad in k:
+            raise DataError("a block that is not what was written")
+        return make(self, k, source, index)
+
+    monkeypatch.setattr(Loader, "_made", made)
+    found = []
+    with pytest.raises(DataError):
+        for batch in train.batches(0, here):
+            found.append(batch)
+    assert len(found) == 9
+    for got, expected in zip(found, whole):
+        same(got, expected)

@@ -19,7 +19,6 @@ finally:
 SETTLED = """
 import os
 from lm_jax import pages
-pages.ACCELERATORS = {paths!r}
 pages.settle()
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES", ""))
 """
@@ -41,11 +40,10 @@ def test_train_begins_again_with_large_pages_as_the_same_process():
 
 
 @pytest.mark.skipif(pages.platform.libc_ver()[0] != "glibc", reason="tunables are glibc's")
-def test_where_arrays_are_an_accelerators_malloc_stays_as_it_is(tmp_path):
-    there, missing = (str(tmp_path),), (str(tmp_path / "none"),)
-    assert tunables(SETTLED.format(paths=there)) == ""
-    assert tunables(SETTLED.format(paths=missing)) == pages.HUGE
-    assert tunables(SETTLED.format(paths=there), JAX_PLATFORMS="cpu") == pages.HUGE
+def test_where_arrays_are_an_accelerators_malloc_stays_as_it_is():
+    assert tunables(SETTLED, CUDA_VISIBLE_DEVICES="3") == ""
+    assert tunables(SETTLED, TPU_VISIBLE_CHIPS="0") == ""
+    assert tunables(SETTLED, CUDA_VISIBLE_DEVICES="3", JAX_PLATFORMS="cpu") == pages.HUGE
 
 
 def test_pages_keep_the_users_other_tunables(monkeypatch):

@@ -53,9 +53,9 @@ def stacked(points, out) -> list[dict]:
     return found
 
 
-@pytest.mark.parametrize("way", abreast.WAYS.values(), ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", (abreast.Stacked, abreast.Spread), ids=lambda way: way.__name__)
 def test_each_loss_curve_is_the_single_runs(tmp_path, monkeypatch, way):
-    monkeypatch.setattr(abreast, "WAYS", dict.fromkeys(abreast.WAYS, way))
+    monkeypatch.setattr(abreast, "begin", way)
     varied = ("[{'seed': 0}, {'seed': 1, 'optim.lr': 1e-2}, {'optim.weight_decay': 0.7}, {'model.init_std': 0.1}]")
     points, _ = read(tmp_path, varied, "--config.train.steps=40", "--config.train.eval_every=25")
     found = stacked(points, tmp_path / "stack")
@@ -73,7 +73,7 @@ def test_each_loss_curve_is_the_single_runs(tmp_path, monkeypatch, way):
 
 
 def test_a_run_that_diverges_ends_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(abreast, "WAYS", dict.fromkeys(abreast.WAYS, abreast.Stacked))  # where one could touch another
+    monkeypatch.setattr(abreast, "begin", abreast.Stacked)  # where one could touch another
     points, _ = read(tmp_path, "[{'seed': 0}, {'optim.lr': 1e30}]", "--config.train.steps=60")
     fine, wild = stacked(points, tmp_path)
     assert wild["status"] == "diverged" and 4 <= wild["steps"] < 60 and "val_loss" not in wild
@@ -184,3 +184,11 @@ def test_a_point_that_the_config_does_not_have_is_told(tmp_path):
         program.main(["together", argv[1], f"--out={tmp_path}", "--points=cafe"])
     with pytest.raises(ConfigError, match="pass --out"):
         program.main(["together", argv[1]])
+
+
+def test_threads_end_with_their_runs_and_do_nothing_more():
+    c = measured.config(5e4, vocab=64, length=16, batch=2)
+    runs = abreast.Spread([c], measured.begun(c, 1), room=2)
+    runs.close()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        runs.threads[0].submit(print)

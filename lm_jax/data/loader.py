@@ -15,6 +15,7 @@ import numpy as np
 from lm_jax.config import DataConfig
 from lm_jax.data import examples, mixture
 from lm_jax.data.store import Store
+from lm_jax.errors import DataError
 
 AT_ONCE = 1 << 16  # positions that are made at a time: arrays that stay in a core's cache
 LOCATED = 1 << 12  # rows whose places are found at a time, which takes numpy hundreds of small steps
@@ -61,7 +62,11 @@ class Loader:
             source, index = self.locate(k)
             for start in range(0, len(at), most):
                 some = slice(start * rows, (start + most) * rows)
-                made = self._made(k[some], source[some], index[some])
+                try:
+                    made = self._made(k[some], source[some], index[some])
+                except DataError:  # the batches before the damaged one are good
+                    yield from (self.batch(one, here) for one in (at[start:start + most] % steps).tolist())
+                    raise
                 for i in range(min(most, len(at) - start)):
                     yield examples.part(made, slice(i * rows, (i + 1) * rows))
             done += len(at)

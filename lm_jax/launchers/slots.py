@@ -1,12 +1,11 @@
 """This machine's accelerators, divided among processes before any of them starts; JAX is not asked, it would take all.
 """
 
-import glob
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lm_jax.devices import accelerators
 from lm_jax.errors import ConfigError
 
 # Chips of one host that a process may have, as libtpu wants their bounds.
@@ -40,19 +39,6 @@ def slots(jobs: int = 0, env: Mapping[str, str] = os.environ) -> list[Slot]:
     parts = [tuple(devices[i:i + each]) for i in range(0, len(devices), each)]
     shown = _gpus if kind == "gpu" else _chips
     return [Slot(tuple(f"{kind}{device}" for device in part), shown(part) if jobs > 1 else {}) for part in parts]
-
-
-def accelerators(env: Mapping[str, str] = os.environ) -> tuple[str, list[str]]:
-    """("gpu" or "tpu" or "cpu", ids), from the environment's choice or the device files."""
-    if env.get("JAX_PLATFORMS") == "cpu":
-        return "cpu", []
-    for kind, name, patterns in (("gpu", "CUDA_VISIBLE_DEVICES", ("/dev/nvidia[0-9]*",)),
-                                 ("tpu", "TPU_VISIBLE_CHIPS", ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*"))):
-        files = [file for pattern in patterns for file in glob.glob(pattern)]
-        found = env[name].split(",") if name in env else sorted((re.sub(r"\D", "", file) for file in files), key=int)
-        if found := [device.strip() for device in found if device.strip() not in ("", "-1")]:
-            return kind, found
-    return "cpu", []
 
 
 def _gpus(part) -> dict[str, str]:

@@ -50,7 +50,7 @@ class Rule:
 
     def spans(self, T: int, *, slides: bool):
         """Each block's queries, and the keys that they may see; `slides` says that the window may not hold."""
-        size = max(LEAST, -(-T // MOST))
+        size = -(-T // min(MOST, -(-T // LEAST)))
         reach = T if slides or not self.window else self.window - 1
         for start in range(0, T, size):
             end = min(start + size, T)

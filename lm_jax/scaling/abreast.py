@@ -25,7 +25,7 @@ from lm_jax.recipes import pretrain
 def begin(configs: Sequence[Config], states: Sequence[update.State], *, room: int) -> "Stacked | Spread":
     """Runs whose configs, with their vocabulary, are `alike`, after the same step; `room` is how many a call makes at
     most. The states are given away."""
-    return WAYS[parallel.on_cpu()](configs, states, room=room)
+    return (Spread if parallel.on_cpu() else Stacked)(configs, states, room=room)
 
 
 def alike(c: Config) -> Config:
@@ -62,6 +62,9 @@ class Stacked:
         """Of each run."""
         return list(map(jax.tree.unflatten, self.structures, _apart(jax.tree.leaves(self.states_R))))
 
+    def close(self):
+        """No step is sent any more; nothing of the host's is held."""
+
 
 class Spread:
     """Each run's arrays by themselves; a thread for each core sends the steps of its own runs, one after another.
@@ -75,7 +78,7 @@ class Spread:
         self.own = list(map(_own, configs))
         self.program, self.step = _one_step(_common(configs[0])), None
         self.threads = [ThreadPoolExecutor(1) for _ in range(min(len(states), devices.cores()))]
-        self.sent = []
+        self.sent, self.closed = [], False
 
     def __str__(self):
         return f"{len(self.each)} runs, {len(self.threads)} at a time on {devices.cores()} cores"
@@ -102,17 +105,22 @@ class Spread:
             one.result()
         return list(map(jax.tree.unflatten, self.structures, map(jax.tree.leaves, self.each)))
 
+    def close(self):
+        """End the threads; what was sent and has not begun is not done."""
+        self.closed = True
+        for thread in self.threads:
+            thread.shutdown(cancel_futures=True)
+
     def _advance(self, r: int, batches: list[dict], of: int) -> list[dict]:
         """Metrics of a run's steps; no more than two are on their way."""
         found = []
         for batch in batches:
+            if self.closed:
+                break
             self.each[r], metrics = self.step(self.each[r], batch, *self.own[r], of)
             jax.block_until_ready(found[-1:])
             found.append(metrics)
         return jax.block_until_ready(found)
-
-
-WAYS = {False: Stacked, True: Spread}  # whether programs run on CPUs
 
 
 def _common(c: Config) -> Config:

@@ -93,7 +93,7 @@ class Stack:
         """Train; of each run "ok", "stopped" or "diverged", as `Trainer.fit`, and saved, or "back" at an earlier step.
         """
         self._clock = time.perf_counter()
-        with signals.caught(), self.clock.phase("step"):
+        with contextlib.closing(self.abreast), signals.caught(), self.clock.phase("step"):
             stopped = self.done > 0 and self._follow(lambda one: one.recipe.hooks)
             while self.done < self.last and self.alive and not stopped:
                 stopped = self._step()
