@@ -92,8 +92,7 @@ def token_scores(model, x_BTD, targets_BT):
         cut = partial(parallel.split, parts=parts, shards=model.cfg.vocab // own)
         cuts = (cut(ids_V, axis=0, fill=-1), cut(table, axis=model.output_letters.index("V")),
                 None if bias_V is None else cut(bias_V, axis=0))
-        here = parallel.on_cpu()  # where a loop runs at a fraction of the speed of what is in it
-        sums, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=here), sums, cuts, unroll=here)
+        sums, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), sums, cuts)
     highest_BT, total_BT, target_BT, sum_BT = sums
     z_BT = highest_BT + jnp.log(total_BT)
     return z_BT - target_BT, z_BT, z_BT - sum_BT / model.cfg.vocab, target_BT >= highest_BT

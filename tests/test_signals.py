@@ -82,6 +82,7 @@ import time
 from lm_jax import errors, signals
 def main(argv):
     with signals.caught():
+        signals.agreed()  # until it is first asked, there is nothing to save
         print("here", flush=True)
         while not signals.agreed():
             time.sleep(0.01)
