@@ -14,7 +14,7 @@ from lm_jax import config, hosts, parallel
 from lm_jax.config import ConfigError, MoEConfig, RopeConfig
 from lm_jax.inference import generate as generation
 from lm_jax.inference.generate import generate
-from lm_jax.inference.sample import Sampler
+from lm_jax.inference.sampler import Sampler
 from lm_jax.models import zoo
 from lm_jax.models.transformer import Transformer, apart
 

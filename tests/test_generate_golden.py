@@ -7,7 +7,7 @@ from checkpoints import GOLDEN, PROMPT, TOKENS
 
 from lm_jax import hub
 from lm_jax.inference.generate import generate
-from lm_jax.inference.sample import Sampler
+from lm_jax.inference.sampler import Sampler
 
 WRITERS = [name for name, golden in GOLDEN.items() if "greedy" in golden]
 

@@ -13,7 +13,7 @@ import torch  # noqa: E402
 from lm_jax import hub  # noqa: E402
 from lm_jax.inference import beam  # noqa: E402
 from lm_jax.inference.generate import generate  # noqa: E402
-from lm_jax.inference.sample import Sampler  # noqa: E402
+from lm_jax.inference.sampler import Sampler  # noqa: E402
 
 LENGTH, STOP = 10, 2
 NAMES = ("gpt2", "gemma2", "t5", "deepseek")  # with penalties and beams

@@ -16,7 +16,7 @@ from lm_jax.config import ConfigError
 from lm_jax.errors import DataError
 from lm_jax.inference import text
 from lm_jax.inference.load import load
-from lm_jax.inference.sample import Sampler
+from lm_jax.inference.sampler import Sampler
 
 GREEDY = Sampler(temperature=0)
 

@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 from lm_jax.config import ConfigError
-from lm_jax.inference.sample import History, Rules, Sampler, law, sample, words
+from lm_jax.inference.sample import History, Rules, law, sample, words
+from lm_jax.inference.sampler import Sampler
 
 LOGITS = np.array([1.0, 0.5, 0.0, 2.0, -1.0, 0.5, 1.5, 3.0])
 GREEDY, V = Sampler(temperature=0), 8

@@ -13,7 +13,7 @@ from scipy import stats
 from lm_jax import hosts, parallel
 from lm_jax.config import ConfigError, MeshConfig, RopeConfig
 from lm_jax.inference.generate import generate
-from lm_jax.inference.sample import Sampler
+from lm_jax.inference.sampler import Sampler
 from lm_jax.inference.speculative import speculate
 
 V = 5

@@ -17,7 +17,7 @@ from lm_jax import parallel
 from lm_jax.config import ConfigError, RopeConfig
 from lm_jax.inference import text
 from lm_jax.inference.load import load
-from lm_jax.inference.sample import Sampler
+from lm_jax.inference.sampler import Sampler
 from lm_jax.pipelines import session
 
 GREEDY = Sampler(temperature=0)

@@ -12,7 +12,8 @@ from lm_jax import parallel
 from lm_jax.batch import Batch
 from lm_jax.config import ConfigError
 from lm_jax.inference.generate import asked, prefill, ready
-from lm_jax.inference.sample import Sampler, aligned, repeats, words
+from lm_jax.inference.sample import aligned, repeats, words
+from lm_jax.inference.sampler import Sampler
 from lm_jax.models.stack import Cache
 
 NEVER = -1e30  # the score of what is not there; finite, so that differences are no NaN

@@ -13,7 +13,8 @@ import numpy as np
 from lm_jax import parallel
 from lm_jax.batch import Batch
 from lm_jax.config import ConfigError
-from lm_jax.inference.sample import History, Rules, Sampler, pick, row_keys, words
+from lm_jax.inference.sample import History, Rules, pick, row_keys, words
+from lm_jax.inference.sampler import Sampler
 from lm_jax.models.stack import Cache
 from lm_jax.models.transformer import Transformer, apart
 

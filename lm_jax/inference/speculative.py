@@ -16,7 +16,8 @@ from lm_jax import parallel
 from lm_jax.batch import Batch
 from lm_jax.config import ConfigError
 from lm_jax.inference.generate import asked, chosen, extent, prefill, ready, stopped
-from lm_jax.inference.sample import History, Sampler, draw, law, pick, row_keys, words
+from lm_jax.inference.sample import History, draw, law, pick, row_keys, words
+from lm_jax.inference.sampler import Sampler
 from lm_jax.models.positions import trained_length
 from lm_jax.models.stack import Cache
 

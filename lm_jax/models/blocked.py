@@ -56,13 +56,13 @@ class Rule:
             end = min(start + size, T)
             yield slice(start, end), slice(max(0, start - reach), min(T, end + reach) if self.ahead else end)
 
-    def logits(self, q_BKGTH, k_BKSH):
-        """Before any mask, and their slope: what the soft-cap leaves of a gradient."""
+    def logits(self, q_BKGTH, k_BKSH, mask):
+        """What is seen of the logits, and their slope: what the soft-cap leaves of a gradient."""
         logits = _product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH) * self.scale
         if not self.softcap:
-            return logits, self.scale
+            return jnp.where(mask, logits, MASKED), self.scale
         flat = jnp.tanh(logits / self.softcap)
-        return self.softcap * flat, self.scale * (1 - flat**2)
+        return jnp.where(mask, self.softcap * flat, MASKED), self.scale * (1 - flat**2)
 
     def mask(self, layout: Layout, queries: slice, keys: slice, slides):
         query, key = (jax.tree.map(lambda a_BT: a_BT[:, part], layout) for part in (queries, keys))
@@ -82,8 +82,8 @@ def _forward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, layout: Layout, sinks_N, slides
     sinks = None if sinks_N is None else sinks_N.reshape(1, *q_BKGTH.shape[1:3], 1)
     ys, sums = [], []
     for queries, keys in rule.spans(q_BTNH.shape[1], slides=slides is not None):
-        logits, _ = rule.logits(q_BKGTH[..., queries, :], k_BKSH[..., keys, :])
-        logits = jnp.where(rule.mask(layout, queries, keys, slides), logits, MASKED)
+        mask = rule.mask(layout, queries, keys, slides)
+        logits, _ = rule.logits(q_BKGTH[..., queries, :], k_BKSH[..., keys, :], mask)
         highest = logits.max(-1) if sinks is None else jnp.maximum(logits.max(-1), sinks)
         weights = jnp.exp(logits - highest[..., None])
         total = weights.sum(-1) if sinks is None else weights.sum(-1) + jnp.exp(sinks - highest)
@@ -106,8 +106,7 @@ def _backward(rule: Rule, kept, dy_BTNH):
     for queries, keys in rule.spans(T, slides=slides is not None):
         q, dy = q_BKGTH[..., queries, :], dy_BKGTH[..., queries, :]
         k, v = k_BKSH[..., keys, :], v_BKSH[..., keys, :]
-        logits, slope = rule.logits(q, k)
-        logits = jnp.where(rule.mask(layout, queries, keys, slides), logits, MASKED)
+        logits, slope = rule.logits(q, k, rule.mask(layout, queries, keys, slides))
         weights = jnp.exp(logits - sums_BKGT[..., queries, None])
         dweights = _product("BKGTH,BKSH->BKGTS", dy, v) - delta_BKGT[..., queries, None]
         dlogits = (weights * dweights * slope).astype(dtype)

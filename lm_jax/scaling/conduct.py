@@ -9,6 +9,7 @@ import rich.console
 from ml_collections import config_flags
 
 from lm_jax.config import Config
+from lm_jax.devices import STACKED
 from lm_jax.errors import ConfigError
 from lm_jax.launchers import LAUNCHERS, slots, submit
 from lm_jax.launchers.local import Pool
@@ -16,7 +17,7 @@ from lm_jax.preflight import topology
 from lm_jax.scaling import records, sweep, watch
 
 EXIT = {"ok": 0, "failed": 1, "full": 74, "stopped": 75}
-LIMITS = {"jobs": "0", "retries": "2", "minutes": "0", "stacked": str(sweep.STACKED)}
+LIMITS = {"jobs": "0", "retries": "2", "minutes": "0", "stacked": str(STACKED)}
 
 
 def run(c: Config, values, argv) -> int:

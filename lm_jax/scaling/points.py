@@ -10,6 +10,7 @@ from lm_jax import faults, hosts, parallel, peers, seal, signals
 from lm_jax.checkpoint import Checkpoints
 from lm_jax.clock import Clock
 from lm_jax.config import Config
+from lm_jax.devices import STACKED
 from lm_jax.errors import ConfigError, Failure
 from lm_jax.launchers.job import outcome
 from lm_jax.recipes import run as runs
@@ -24,7 +25,7 @@ def run(c: Config, values) -> int:
     points = asked(sweep.points(config_flags.get_config_filename(values["config"]), values.config), values)
     out, statuses, failures = Path(values.out), set(), []
     with signals.ending():
-        for batch, stack in batches(points, out, float(values.stacked or sweep.STACKED)):
+        for batch, stack in batches(points, out, float(values.stacked or STACKED)):
             for ended in trained(batch, out, stack=stack):
                 if isinstance(ended, Failure):
                     failures.append(ended)
