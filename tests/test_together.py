@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_sweep import read
 
-from lm_jax import devices
+from lm_jax import devices, update
 from lm_jax import together as program
 from lm_jax.clock import Clock
 from lm_jax.errors import ConfigError
@@ -72,10 +72,15 @@ def test_each_loss_curve_is_the_single_runs(tmp_path, monkeypatch, way):
     assert len({summary["val_loss"] for summary in found}) == 4, "they are four runs"
 
 
-def test_a_run_that_diverges_ends_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(abreast, "begin", abreast.Stacked)  # where one could touch another
-    points, _ = read(tmp_path, "[{'seed': 0}, {'optim.lr': 1e30}]", "--config.train.steps=60")
+@pytest.mark.parametrize("way", (abreast.Stacked, abreast.Spread), ids=lambda way: way.__name__)
+def test_a_run_that_diverges_ends_alone(tmp_path, monkeypatch, way):
+    made = []
+    monkeypatch.setattr(abreast, "begin", lambda *a, **more: made.append(way(*a, **more)) or made[-1])
+    points, _ = read(tmp_path, "[{'seed': 0}, {'optim.lr': 1e30}]", "--config.train.steps=60",
+                     "--config.train.checkpoint_every=10")
     fine, wild = stacked(points, tmp_path)
+    steps = [int(state.step) for state in made[0].states()]
+    assert steps == [60, 10 if way is abreast.Spread else 60], "one program makes all of them, a thread only its own"
     assert wild["status"] == "diverged" and 4 <= wild["steps"] < 60 and "val_loss" not in wild
     assert len(losses(tmp_path / points[1].id)) == wild["steps"]
     assert fine["status"] == "ok" and fine["steps"] == 60
@@ -127,15 +132,33 @@ def test_runs_on_several_cores_are_each_the_run_that_it_would_be_on_one(monkeypa
     c = measured.config(5e4, vocab=64, length=16, batch=2)
     configs = [replace(c, seed=seed) for seed in range(3)]
     two = lambda seed: jax.tree.map(lambda *a: np.concatenate(a), measured.batch(c, seed), measured.batch(c, seed + 1))
-    calls = [[two(10 * r + i) for r in range(3)] for i in (0, 2, 4)]
+    calls = [{r: two(10 * r + i) for r in range(3) if r < 2 or i < 4} for i in (0, 2, 4)]  # the last has ended by then
     found = []
     for cores in (1, 3):
         monkeypatch.setattr(devices, "cores", lambda: cores)
         runs = abreast.Spread(configs, measured.begun(c, 3), room=2)
         sent = [runs.advance(rows, of=20, count=2) for rows in calls]  # the next before the last are made
-        found.append(([runs.metrics(one)["loss"] for one in sent], jax.tree.leaves(runs.states())))
-    assert found[0][0][0].shape == (2, 3)
+        found.append(([runs.metrics(one) for one in sent], jax.tree.leaves(runs.states())))
+        assert [int(state.step) for state in runs.states()] == [6, 6, 4]
+    assert [list(one) for one in found[0][0]] == [[0, 1, 2], [0, 1, 2], [0, 1]]
+    assert found[0][0][0][2]["loss"].shape == (2,)
     jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.parametrize("way", (abreast.Stacked, abreast.Spread), ids=lambda way: way.__name__)
+def test_runs_of_one_shape_are_one_program(monkeypatch, way):
+    abreast._one_step.cache_clear()  # or it is known from other tests
+    traced = []
+    monkeypatch.setattr(abreast.update, "make_step", lambda *a, make=update.make_step, **more:
+                        traced.append(a) or make(*a, **more))
+    c, counts = measured.config(5e4, vocab=68, length=16, batch=2), []
+    for std, of in ((0.02, 20), (0.1, 30)):  # the first run's own, which its state knows
+        one = replace(c, seed=of, model=replace(c.model, init_std=std))
+        runs = way([one] * 2, measured.begun(one, 2), room=2)
+        runs.metrics(runs.advance(dict.fromkeys(range(2), measured.batch(c)), of=of, count=1))
+        assert [state.model.cfg.init_std for state in runs.states()] == [std, std], "each gets its own back"
+        counts.append(len(traced))
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_damaged_member_or_trunk_costs_no_other_point_anything(tmp_path, monkeypatch, capsys):

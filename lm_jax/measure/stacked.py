@@ -76,5 +76,5 @@ def _together(c: Config, points: int, steps: int):
     """As a sweep runs them: so many steps of all in one call, from rows in host memory to metrics there."""
     configs = [replace(c, seed=seed) for seed in range(points)]
     runs = abreast.begin(configs, begun(c, points), room=steps)
-    rows = [jax.tree.map(lambda a: np.concatenate([a] * steps), batch(c))] * points
+    rows = dict.fromkeys(range(points), jax.tree.map(lambda a: np.concatenate([a] * steps), batch(c)))
     return lambda: runs.metrics(runs.advance(rows, of=LAST, count=steps)), str(runs)

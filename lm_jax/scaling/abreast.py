@@ -39,24 +39,28 @@ class Stacked:
 
     def __init__(self, configs: Sequence[Config], states: Sequence[update.State], *, room: int):
         self.room = room
-        leaves, self.structures = zip(*map(jax.tree.flatten, states))  # which know each its init_std
-        self.states_R = jax.tree.unflatten(self.structures[0], map(jnp.stack, zip(*leaves)))
+        leaves, self.structures = zip(*map(jax.tree.flatten, states))
+        common = _common(configs[0])
+        self.states_R = jax.tree.unflatten(_structure(common), map(jnp.stack, zip(*leaves)))
         self.own_R = [jnp.stack(values) for values in zip(*map(_own, configs))]
-        self.program = _many_steps(_common(configs[0]))
+        self.program = _many_steps(common)
 
     def __str__(self):
         return f"one program of {len(self.structures)} runs"
 
-    def advance(self, rows: Sequence[dict], *, of: int, count: int):
-        """Send the next `count` steps of runs of so many, each run's rows in host memory, as arrays [count B, ...]."""
+    def advance(self, rows: dict[int, dict], *, of: int, count: int):
+        """Send the next `count` steps of runs of so many; rows by the number of the run, in host memory, as arrays
+        [count B, ...]. A run without rows has ended: this program makes its steps from another's, for nobody."""
+        rows = [rows.get(r, next(iter(rows.values()))) for r in range(len(self.structures))]
         batches = jax.tree.map(partial(_filled, count=count, room=self.room), *rows)
         self.states_R, metrics = self.program(self.states_R, batches, *self.own_R, of, count)
         return metrics
 
     @staticmethod
-    def metrics(sent) -> dict:
-        """Of the steps that were sent, arrays [steps, R], once they are made."""
-        return jax.device_get(sent)
+    def metrics(sent) -> dict[int, dict]:
+        """Of each run that had rows, by its number, of the steps that were sent: arrays [steps], once they are made."""
+        found = jax.device_get(sent)
+        return {r: {name: values[:, r] for name, values in found.items()} for r in range(found["loss"].shape[1])}
 
     def states(self) -> list[update.State]:
         """Of each run."""
@@ -74,34 +78,37 @@ class Spread:
 
     def __init__(self, configs: Sequence[Config], states: Sequence[update.State], *, room: int):
         leaves, self.structures = zip(*map(jax.tree.flatten, states))
-        self.each = [jax.tree.unflatten(self.structures[0], own) for own in leaves]
+        common = _common(configs[0])
+        self.each = [jax.tree.unflatten(_structure(common), own) for own in leaves]
         self.own = list(map(_own, configs))
-        self.program, self.step = _one_step(_common(configs[0])), None
+        self.program, self.step = _one_step(common), None
         self.threads = [ThreadPoolExecutor(1) for _ in range(min(len(states), devices.cores()))]
-        self.sent, self.closed = [], False
+        self.sent, self.closed = {}, False  # the latest of each run
 
     def __str__(self):
         return f"{len(self.each)} runs, {len(self.threads)} at a time on {devices.cores()} cores"
 
-    def advance(self, rows: Sequence[dict], *, of: int, count: int):
-        """As `Stacked.advance`."""
-        rows = [jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), own) for own in rows]
-        batches = [[jax.tree.map(lambda a: a[i], own) for i in range(count)] for own in rows]
-        if self.step is None:  # here, or each thread would compile it
-            self.step = self.program.lower(self.each[0], batches[0][0], *self.own[0], of).compile()
-        threads = [self.threads[r % len(self.threads)] for r in range(len(self.each))]
-        self.sent = [thread.submit(self._advance, r, batches[r], of) for r, thread in enumerate(threads)]
-        return self.sent
+    def advance(self, rows: dict[int, dict], *, of: int, count: int):
+        """As `Stacked.advance`, but no step is made of a run that has ended."""
+        batches = {r: [{name: a.reshape(count, -1, *a.shape[1:])[i] for name, a in own.items()} for i in range(count)]
+                   for r, own in rows.items()}
+        if self.step is None:  # here, or each thread would compile it; JAX knows a program that it has compiled
+            r, own = next(iter(batches.items()))
+            self.step = self.program.lower(self.each[r], own[0], *self.own[r], of).compile()
+        threads = {r: self.threads[r % len(self.threads)] for r in batches}
+        sent = {r: threads[r].submit(self._advance, r, own, of) for r, own in batches.items()}
+        self.sent |= sent
+        return sent
 
     @staticmethod
-    def metrics(sent) -> dict:
+    def metrics(sent) -> dict[int, dict]:
         """As `Stacked.metrics`."""
-        runs = jax.device_get([one.result() for one in sent])
-        return {name: np.array([[step[name] for step in run] for run in runs]).T for name in runs[0][0]}
+        runs = {r: jax.device_get(one.result()) for r, one in sent.items()}
+        return {r: {name: np.array([step[name] for step in run]) for name in run[0]} for r, run in runs.items()}
 
     def states(self) -> list[update.State]:
         """As `Stacked.states`."""
-        for one in self.sent:
+        for one in self.sent.values():
             one.result()
         return list(map(jax.tree.unflatten, self.structures, map(jax.tree.leaves, self.each)))
 
@@ -132,6 +139,17 @@ def _common(c: Config) -> Config:
 def _own(c: Config):
     """What a run has for itself: its key, learning rate and weight decay."""
     return jax.random.key(c.seed), jnp.float32(c.optim.lr), jnp.float32(c.optim.weight_decay)
+
+
+@functools.cache
+def _structure(c: Config):
+    """Of the state of a run that is `alike` this config. A run's own knows its init_std: programs of it would be as
+    many as there are."""
+    def begun():
+        model = transformer.make(c.model, seed=0)
+        return update.begin(model, optim.make(c.optim, c.train.steps, kinds(model)))
+
+    return jax.tree.structure(jax.eval_shape(begun))
 
 
 @functools.cache

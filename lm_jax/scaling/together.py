@@ -114,9 +114,9 @@ class Stack:
         begun = time.perf_counter()
         size = self.loaders[0].batch_size
         ahead = np.arange(self.done * size, (self.done + count) * size)
-        rows = [(ahead + one.skipped * size) % loader.rows_needed for one, loader in zip(self.runs, self.loaders)]
+        rows = {r: (ahead + self.runs[r].skipped * size) % self.loaders[r].rows_needed for r in sorted(self.alive)}
         with self.clock.phase("wait"):
-            rows = [loader.rows(k) for k, loader in zip(rows, self.loaders)]
+            rows = {r: self.loaders[r].rows(k) for r, k in rows.items()}
         waited = time.perf_counter() - begun
         metrics = self._advanced(rows, count)
         self._read()
@@ -139,7 +139,7 @@ class Stack:
         self._clock = time.perf_counter()
         return stopped
 
-    def _advanced(self, rows: list[dict], count: int):
+    def _advanced(self, rows: dict[int, dict], count: int):
         """Metrics of so many steps; the first call compiles, which is no time of a step's."""
         send = lambda: self.abreast.advance(rows, of=self.last, count=count)
         if self.runs[0].meter.compile_seconds:
@@ -154,21 +154,20 @@ class Stack:
 
     def _read(self):
         """Write the rows of the steps sent last; a run with a burst of refused updates has no more part in it."""
-        if self._sent is None:
+        if self._sent is None or not self.alive:
             return
         (first, count, metrics, waited), self._sent = self._sent, None
         metrics = self.abreast.metrics(metrics)
         self.clock.step()
         now = time.perf_counter()
-        share = 1 / (count * len(self.runs))  # of the time, which the runs have in common
-        seconds, self._clock = (now - self._clock) * share, now
-        each = max(seconds * len(self.runs), 1e-6)
-        self.most = max(1, min(self.room, int(PATIENT / each)))
+        each, self._clock = (now - self._clock) / count, now
+        self.most = max(1, min(self.room, int(PATIENT / max(each, 1e-6))))
+        share = 1 / len(self.alive)  # of the time, which the runs that go on have in common
         for r in sorted(self.alive):
             one = self.runs[r]
             for i in range(count):
-                numbers = {name: values[i, r].item() for name, values in metrics.items() if name != "objective"}
-                one.meter.record(first + i + 1, numbers, seconds, waited * share)
+                numbers = {name: values[i].item() for name, values in metrics[r].items() if name != "objective"}
+                one.meter.record(first + i + 1, numbers, each * share, waited / count * share)
                 one.done = first + i + 1
                 if one.meter.burst:
                     self.alive.discard(r)
