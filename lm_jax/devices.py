@@ -112,21 +112,24 @@ def host_memory(root: Path = Path("/")) -> int:
     `root` is where the system's files are. Swap is not counted.
     """
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_rlimits()]
-    group = "/"
-    with contextlib.suppress(OSError):
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-        group = next((line.split(":", 2)[2] for line in lines if line.startswith("0::") or ":memory:" in line), "/")
-    for name, top in (("memory.max", "sys/fs/cgroup"), ("memory.limit_in_bytes", "sys/fs/cgroup/memory")):
-        inside = Path(group.lstrip("/"))
-        for folder in (inside, *inside.parents):  # of a container the group may be named as its host sees it
+    for folder in _groups(root, "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
             with contextlib.suppress(OSError, ValueError):  # "max" is none
-                found.append(int((root / top / folder / name).read_text()))
+                found.append(int((folder / name).read_text()))
     return min(found)
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def cores(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> int:
+    """Those that this process may use: by its affinity, by its control group's quota and those around it, a part of a
+    core being one, and by NPROC, which XLA's threads on a CPU obey too."""
+    found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    found += [int(env["NPROC"])] if env.get("NPROC", "").isdecimal() else []
+    for folder in _groups(root, "cpu"):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with contextlib.suppress(OSError, ValueError):  # "max" is none, and so is -1
+                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                found.append(-(-quota // period))
+    return min(count for count in found if count > 0)
 
 
 def accelerators(env: Mapping[str, str] = os.environ) -> tuple[str, list[str]]:
@@ -146,6 +149,18 @@ def accelerators(env: Mapping[str, str] = os.environ) -> tuple[str, list[str]]:
 def priced(device: Device, prices: dict[str, float]) -> Device:
     """The device at a price of the user's, if there is one for it."""
     return replace(device, dollars=prices.get(device.name, device.dollars))
+
+
+def _groups(root: Path, controller: str) -> list[Path]:
+    """Folders of this process's control group and of those around it, in version 2 and of a controller in version 1;
+    where the system has none, there are no such folders."""
+    group = "/"
+    with contextlib.suppress(OSError):
+        lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+        group = next((path for _, names, path in lines if not names or controller in names.split(",")), "/")
+    inside = Path(group.lstrip("/"))  # of a container the group may be named as its host sees it
+    tops = root / "sys/fs/cgroup", root / "sys/fs/cgroup" / controller
+    return [top / folder for top in tops for folder in (inside, *inside.parents)]
 
 
 def _rlimits() -> list[int]:

@@ -21,7 +21,7 @@ from lm_jax.preflight.topology import FORMS
 FLAGS = {
     "out": "the sweep's folder; default sweeps/<config name>",
     "launcher": "where points run: local (default), or rendered and submitted: jobset (GKE), sky (SkyPilot), slurm",
-    "jobs": "local: points at once; default one, or one for each accelerator",
+    "jobs": "local: points at once, which share this machine's cores; default one, or one for each accelerator",
     "retries": "local: further attempts at a point that crashes; default 2",
     "minutes": "time limit of an attempt at a point; points that share a command have it once a length; default none",
     "stacked": "most parameters of points that share a program: those that differ in seed, learning rate, weight decay "

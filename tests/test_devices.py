@@ -1,8 +1,13 @@
 """The table of accelerators: what JAX calls a device finds its row, and what is not known is not guessed."""
 
-import pytest
+import os
+import subprocess
+import sys
 
-from lm_jax.devices import DEVICES, GIB, TABLE, of_kind, peak_flops, priced
+import pytest
+from test_room import limits
+
+from lm_jax.devices import DEVICES, GIB, TABLE, cores, of_kind, peak_flops, priced
 
 
 def test_a_device_that_is_not_in_the_table_has_no_peak():
@@ -29,3 +34,34 @@ def test_a_chip_of_two_devices_is_counted_once():
 def test_a_price_of_ones_own_replaces_the_list_price():
     assert priced(DEVICES["v5p"], {"v5p": 2.0}).dollars == 2.0
     assert priced(DEVICES["v5e"], {"v5p": 2.0}) == DEVICES["v5e"]
+
+
+@pytest.mark.parametrize("group, files, found", [
+    ("0::/", {}, 4), ("0::/", {"sys__fs__cgroup__cpu.max": "max 100000"}, 4),
+    ("0::/", {"sys__fs__cgroup__cpu.max": "150000 100000"}, 2),
+    ("0::/user/job", {"sys__fs__cgroup__user__cpu.max": "9000 100000", "sys__fs__cgroup__user__job__cpu.max": "max"}, 1),
+    ("0::/of/the/host", {"sys__fs__cgroup__cpu.max": "300000 100000"}, 3),  # as a container sees its own
+    ("2:cpuset:/\n1:cpuacct,cpu:/job\n0::/", {"sys__fs__cgroup__cpu__job__cpu.cfs_quota_us": 250000,
+                                             "sys__fs__cgroup__cpu__job__cpu.cfs_period_us": 100000}, 3),
+    ("1:cpu:/", {"sys__fs__cgroup__cpu__cpu.cfs_quota_us": -1, "sys__fs__cgroup__cpu__cpu.cfs_period_us": 100000}, 4),
+], ids=str)
+def test_the_tightest_quota_of_cores_counts(group, files, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)), raising=False)
+    assert cores(limits(tmp_path, group, **files), env={}) == found
+
+
+def test_a_system_without_affinity_or_groups_has_the_cores_that_it_counts(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    assert cores(tmp_path / "nothing", env={}) == 10 and cores(tmp_path / "nothing", env={"NPROC": "3"}) == 3
+
+
+def test_xla_has_as_many_threads_as_nproc_says():
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("threads are counted in /proc")
+    program = ("import jax, pathlib; jax.devices(); tasks = pathlib.Path('/proc/self/task').glob('*/comm');"
+               "print(sum('XLAEigen' in task.read_text() for task in tasks))")
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    for nproc in ("1", "3"):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env | {"NPROC": nproc})
+        assert done.stdout.strip() == nproc, done.stderr

@@ -239,6 +239,13 @@ def test_two_pools_share_one_sweep(tmp_path):
     assert 0 < len(mine) < 6 and [len(began(tmp_path, name)) for name in points] == [1] * 6
 
 
+def test_cores_are_divided_among_points_at_once(monkeypatch):
+    monkeypatch.setattr(slots, "cores", lambda env: 8)
+    share = lambda jobs: [slot.env for slot in slots.slots(jobs, {"JAX_PLATFORMS": "cpu"})]
+    assert share(0) == share(1) == [{}], "one process has all of them without being told"
+    assert share(3) == [{"NPROC": "2"}] * 3 and share(9) == [{"NPROC": "1"}] * 9
+
+
 def test_devices_are_divided_and_no_two_points_have_the_same():
     env = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
     two = slots.slots(2, env)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lm_jax.devices import accelerators
+from lm_jax.devices import accelerators, cores
 from lm_jax.errors import ConfigError
 
 # Chips of one host that a process may have, as libtpu wants their bounds.
@@ -23,11 +23,13 @@ class Slot:
 def slots(jobs: int = 0, env: Mapping[str, str] = os.environ) -> list[Slot]:
     """Places for so many processes at once; 0 is one for each accelerator, and one where there is none.
 
-    ConfigError where accelerators cannot be divided so.
+    A CPU's cores are divided too, or each process would begin as many threads as there are cores. ConfigError where
+    accelerators cannot be divided so.
     """
     kind, devices = accelerators(env)
     if not devices:
-        return [Slot((f"cpu{i}",)) for i in range(max(jobs, 1))]
+        share = {"NPROC": str(max(1, cores(env=env) // jobs))} if jobs > 1 else {}
+        return [Slot((f"cpu{i}",), share) for i in range(max(jobs, 1))]
     jobs = jobs or len(devices)
     if len(devices) % jobs:
         raise ConfigError(f"--jobs={jobs} over {len(devices)} {kind}s: use a divisor, every process takes devices of "
