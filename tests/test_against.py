@@ -1,5 +1,10 @@
 """Both sides of a comparison do the same work: the same parameters, losses and training steps."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -59,6 +64,31 @@ def test_a_comparison_gives_each_side_and_their_ratio(torch):
     ratio = by_name["lm_jax is as fast as torch eager, times"]
     assert ratio.unit == "x" and ratio.low <= ratio.value <= ratio.high and ratio.times == 2
     assert all(by_name[side].unit == "tokens/s" and by_name[side].value > 0 for side in ("lm_jax", "torch eager"))
+
+
+def test_a_side_ends_whoever_still_holds_its_pipes():
+    sleeper = "[sys.executable, '-c', 'import time; time.sleep(600)']"
+    program = f"""
+import subprocess, sys
+print(*(subprocess.Popen({sleeper}, start_new_session=apart).pid for apart in (True, False)), flush=True)
+sys.stdin.read()"""
+    side = subprocess.Popen([sys.executable, "-c", program], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            start_new_session=True)
+    left, forked = map(int, side.stdout.readline().split())
+    try:
+        print("a line that nobody reads", file=side.stdin)
+        against_torch.end(side)
+        assert side.returncode == -signal.SIGKILL and side.stdin.closed and side.stdout.closed
+        os.kill(left, 0)  # it holds both pipes, and was not waited for
+        assert any(not alive(forked) for _ in range(100)), "nothing of the side's own goes on"
+    finally:
+        os.kill(left, signal.SIGKILL)
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that was killed may not have been waited for yet."""
+    told = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout.strip()
+    return bool(told) and not told.startswith("Z")
 
 
 def test_without_pytorch_there_is_a_word_about_the_extra(monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -54,7 +55,8 @@ class Apart:
         path = os.pathsep.join(filter(None, (os.getcwd(), *sys.path)))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lm_jax.measure.against_torch", json.dumps(asdict(case)), dtype, name], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            env=os.environ | {"PYTHONPATH": path})
         self.bare = self.peak = json.loads(self.process.stdout.readline() or self._failed())
 
     def __call__(self) -> timing.Spent:
@@ -66,11 +68,22 @@ class Apart:
         return self
 
     def __exit__(self, *_):
-        self.process.kill()
-        self.process.communicate()
+        end(self.process)
 
     def _failed(self):
         raise RuntimeError(f"this side ended with code {self.process.wait()}; its last words are above")
+
+
+def end(process: subprocess.Popen):
+    """Kill a process that leads a session, and what it has forked there, as PyTorch's compiler does. What has left the
+    session may hold the pipes for as long as it likes: their end is not waited for."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=10)
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(BrokenPipeError):  # of a line that was never read
+            pipe.close()
 
 
 def side(name: str, case: Case, dtype: str):
