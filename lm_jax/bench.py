@@ -37,7 +37,7 @@ CONTENTS = "\n".join(f"  {name:<14}{what}" for name, what in (PARTS | AGAINST).i
 def main(argv):
     args = parse(argv)
     pages.begin_again(args.pages)
-    from lm_jax import command  # what follows takes seconds to import, which --help need not wait for
+    from lm_jax import command  # late, as errors.run says
     from lm_jax.measure import machine, parts
 
     needed = [name for name in args.parts if name in OF_CONFIG]

@@ -15,7 +15,8 @@ MEMORY = "lower train.batch or data.length, raise train.microbatches, or set mod
 
 def run(main, *, again: str = AGAIN, memory: str = MEMORY):
     """Call `main(argv)` as a program: what a user can cure is one readable message and an exit code, never a traceback.
-    `again` is what an interruption is answered with, `memory` what cures too little of it.
+    `again` is what an interruption is answered with, `memory` what cures too little of it. What takes seconds to import
+    a main imports when its flags are read: neither --help nor a misspelt flag waits for it.
 
     Codes are an interface: 0 done, 2 the config cannot run, 74 no room on a disk, 75 stopped and saved, 76 hung, 77
     data are damaged, 78 diverged, 79 no intact checkpoint, 130 interrupted, 141 nobody reads standard output any more,

@@ -21,7 +21,7 @@ def main(argv):
     settings = {args.law: {"fixed": numbers("fix", args.fix), "start": numbers("start", args.start)}}
     if missing := args.start and [name for name in LAWS[args.law].params if name not in settings[args.law]["start"]]:
         raise ConfigError(f"--start of {args.law} without {', '.join(missing)}: a start has all parameters")
-    from lm_jax.scaling import study  # seconds, which --help and a misspelt flag need not wait for
+    from lm_jax.scaling import study  # late, as errors.run says
 
     return study.run(args, delta=ESTIMATORS[args.estimator], settings=settings)
 

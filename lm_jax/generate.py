@@ -29,7 +29,7 @@ def main(argv):
     given = {name: getattr(args, name) for name in DRAWN if getattr(args, name) is not None}
     Sampler(**given)  # what is wrong with it is said before a model is read
     prompts = [] if args.chat else read(args)
-    from lm_jax.pipelines import session  # seconds, which --help and a misspelt flag need not wait for
+    from lm_jax.pipelines import session  # late, as errors.run says
 
     return session.run(prompts, given, args)
 

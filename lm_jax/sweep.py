@@ -34,7 +34,7 @@ SHOWN = {"dry_run": "show the points and what they take, run nothing"}
 
 def main(argv):
     c, values = command.parse(argv, doc=__doc__, switches=SHOWN, **FLAGS)
-    from lm_jax.scaling import conduct  # seconds, which --help and a misspelt flag need not wait for
+    from lm_jax.scaling import conduct  # late, as errors.run says
 
     return conduct.run(c, values, argv)
 

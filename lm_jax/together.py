@@ -17,7 +17,7 @@ FLAGS = {"out": "the sweep's folder", "points": "ids, with commas between",
 
 def main(argv):
     c, values = command.parse(argv, doc=__doc__, **FLAGS, **cluster.FLAGS)
-    from lm_jax.scaling import points  # seconds, which --help and a misspelt flag need not wait for
+    from lm_jax.scaling import points  # late, as errors.run says
 
     return points.run(c, values)
 

@@ -24,7 +24,7 @@ def main(argv):
     if any(argument.startswith("--doctor") for argument in argv):
         return examined(argv)
     c, values = command.parse(argv, doc=__doc__, start=START, **cluster.FLAGS)
-    import jax  # what follows takes seconds to import, which --help and a misspelt flag need not wait for
+    import jax  # late, as errors.run says
 
     from lm_jax import faults, hosts, parallel, peers, signals
     from lm_jax.clock import Clock, age
