@@ -130,6 +130,13 @@ def test_sides_take_turns_and_each_is_called_as_often():
     assert called == list("ab" + "ab" + "ba" + "ab") and [len(s) for s in seconds.values()] == [3, 3]
 
 
+def test_what_a_turn_took_is_known_when_the_next_is_interrupted():
+    said, calls = [], iter([1, 2, 3])  # a warm-up, and two turns
+    with pytest.raises(StopIteration):
+        timing.interleaved({"a": lambda: next(calls) and timing.Spent(0.5)}, turns=7, warm=1, say=said.append)
+    assert said == ["turn 1 of 7: a 0.5 s", "turn 2 of 7: a 0.5 s"]
+
+
 def test_a_ratio_is_of_pairs_and_above_one_where_ours_is_faster():
     spent = lambda *seconds: [timing.Spent(s, 2 * s * s) for s in seconds]
     found = timing.times_as_fast("", spent(1.0, 2.0, 4.0), spent(3.0, 2.0, 8.0))

@@ -25,14 +25,16 @@ CASES = {"a": Case("10M parameters, d 384, 6 layers", depth=6, width=384, heads=
 SIDES = ("lm_jax", "torch eager", "torch compiled")
 
 
-def measured(case: Case, dtype: str, *, turns: int = timing.TURNS, sides=SIDES) -> list[Figure]:
+def measured(case: Case, dtype: str, *, turns: int = timing.TURNS, sides=SIDES, say=timing.quiet) -> list[Figure]:
     """Tokens a second of each side, how many times as fast ours is as the best of the others, and memory."""
     torch_reference.package("torch")
     with contextlib.ExitStack() as stack:
         steps = {name: stack.enter_context(Apart(case, dtype, name)) for name in sides}
-        first = [Figure(f"first step, {name}", timing.once(step), "s", "compiling included")
-                 for name, step in steps.items()]
-        seconds = timing.interleaved(steps, turns=turns, warm=2)
+        first = []
+        for name, step in steps.items():
+            first.append(Figure(f"first step, {name}", timing.once(step), "s", "compiling included"))
+            say(f"{first[-1].name}, {first[-1].value:.3g} s")
+        seconds = timing.interleaved(steps, turns=turns, warm=2, say=say)
         memory = [Figure(f"memory of the host, {name}", (step.peak - step.bare) / 2**30, "GiB", "the process's peak, "
                          f"compiling included, above the {step.bare / 2**30:.2f} GiB of both packages imported")
                   for name, step in steps.items()]

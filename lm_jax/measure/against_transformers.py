@@ -30,8 +30,8 @@ DISTILBERT = {"model_type": "distilbert", "architectures": ["DistilBertForSequen
               "vocab_size": 30522, "hidden_dim": 3072, "n_layers": 6, "n_heads": 12, "max_position_embeddings": 512}
 
 
-def generation(rows: int, dtype: str, *, turns: int = timing.TURNS, prompt: int = PROMPT, new: int = NEW, **shape
-               ) -> list[Figure]:
+def generation(rows: int, dtype: str, *, turns: int = timing.TURNS, prompt: int = PROMPT, new: int = NEW,
+               say=timing.quiet, **shape) -> list[Figure]:
     """New tokens a second of greedy decoding with a cache, so many prompts at once; `shape` replaces GPT-2 small's."""
     transformers, torch = _packages()
     cfg = TransformerConfig(**zoo.get("gpt2-small") | {"dtype": "float32"} | shape)
@@ -54,7 +54,7 @@ def generation(rows: int, dtype: str, *, turns: int = timing.TURNS, prompt: int 
                                    min_new_tokens=new, max_new_tokens=new, use_cache=True)
         answers["transformers"] = made[:, prompt:].cpu().numpy()
 
-    seconds = timing.interleaved({"lm_jax": ask, "transformers": they_ask}, turns=turns)
+    seconds = timing.interleaved({"lm_jax": ask, "transformers": they_ask}, turns=turns, say=say)
     same = (answers["lm_jax"] == answers["transformers"]).mean()
     what = f"{rows} × {new} new tokens after {prompt}, greedy, {dtype}"
     return [*(rate(name, rows * new, s, "tokens/s", what) for name, s in seconds.items()),

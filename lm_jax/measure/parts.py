@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 
 import jax
 from rich.console import Console
@@ -41,6 +42,10 @@ class Page:
         else:
             self.console.print(figures.table(title, found))
 
+    def say(self, line: str):
+        """What a long part has come to, for who watches or interrupts it: no figure yet."""
+        print(line, file=sys.stderr, flush=True)
+
     def end(self, load: list[float]):
         """Under what load it ended: a figure of a busy machine is one of a busy machine."""
         self._line({"part": "end", "load": load}, "load at the end " + ", ".join(f"{x:.1f}" for x in load))
@@ -69,7 +74,8 @@ def _packing(page: Page, c, args):
 
 
 def _starts(page: Page, c, args):
-    page.show("starts", f"before the first step of {c.name}", starts.imports(turns=args.turns) + starts.first_step(c))
+    page.show("starts", "before anything is asked for", starts.imports(turns=args.turns))
+    page.show("starts", f"before the first step of {c.name}", starts.first_step(c))
 
 
 def _loader(page: Page, c, args):
@@ -99,15 +105,18 @@ def _torch(page: Page, args):
     for size in args.sizes:
         for dtype in args.dtypes:
             case = against_torch.CASES[size]
-            found = against_torch.measured(case, dtype, turns=args.turns)
-            page.show("torch", f"({size}) {case.name}, {dtype}", found)
+            title = f"({size}) {case.name}, {dtype}"
+            say = lambda line: page.say(f"{title}: {line}")
+            page.show("torch", title, against_torch.measured(case, dtype, turns=args.turns, say=say))
 
 
 def _transformers(page: Page, args):
     for dtype in args.dtypes:
         for rows in (1, 8):
-            found = against_transformers.generation(rows, dtype, turns=args.turns)
-            page.show("transformers", f"generation, {rows} at once, {dtype}", found)
+            title = f"generation, {rows} at once, {dtype}"
+            say = lambda line: page.say(f"{title}: {line}")
+            found = against_transformers.generation(rows, dtype, turns=args.turns, say=say)
+            page.show("transformers", title, found)
     page.show("transformers", "classification of a sentence", against_transformers.classification(turns=args.turns))
 
 

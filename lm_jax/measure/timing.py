@@ -15,9 +15,14 @@ BURST = 1.0  # seconds that a burst of short calls takes at least
 MOST = 64  # calls of a burst
 
 
-def interleaved(sides: dict[str, Callable[[], object]], *, turns: int = TURNS, warm: int = WARM, rest: float = REST
-                ) -> dict[str, list["Spent"]]:
-    """Seconds of each call of each side, which returns when its work is done; every other turn in reverse order."""
+def quiet(line: str):
+    """Say nothing."""
+
+
+def interleaved(sides: dict[str, Callable[[], object]], *, turns: int = TURNS, warm: int = WARM, rest: float = REST,
+                say: Callable[[str], None] = quiet) -> dict[str, list["Spent"]]:
+    """Seconds of each call of each side, which returns when its work is done; every other turn in reverse order. `say`
+    is told what each turn took: of long ones that much is known when the rest is interrupted."""
     for _ in range(warm):
         for run in sides.values():
             run()
@@ -27,6 +32,7 @@ def interleaved(sides: dict[str, Callable[[], object]], *, turns: int = TURNS, w
         for name in sorted(sides, key=list(sides).index, reverse=turn % 2 == 1):
             time.sleep(rest if len(sides) > 1 else 0)
             seconds[name].append(once(sides[name]))
+        say(f"turn {turn + 1} of {turns}: " + ", ".join(f"{name} {took[-1]:.3g} s" for name, took in seconds.items()))
     return seconds
 
 
