@@ -9,6 +9,7 @@ from test_trainer import run
 from lm_jax import train
 from lm_jax.errors import ConfigError
 from lm_jax.lease import HOST
+from lm_jax.recipes import doctor
 from lm_jax.workdir import Workdir
 
 
@@ -46,6 +47,12 @@ def test_a_folder_in_every_state_is_told_and_left_as_it_is(trained, tmp_path, ca
     shutil.rmtree(whole / "checkpoints")
     code, text = said(whole, capsys)
     assert code == 0 and "a restart begins at the first step" in text
+
+
+def test_the_rows_of_a_run_are_read_once(trained, monkeypatch, capsys):
+    read = []
+    monkeypatch.setattr(doctor, "_rows", lambda path, rows=doctor._rows: read.append(path) or rows(path))
+    assert "a restart goes on from step" in said(trained, capsys)[1] and read == [trained / "metrics.jsonl"]
 
 
 def test_a_folder_in_use_and_one_that_is_none_are_told(trained, tmp_path, capsys):

@@ -24,9 +24,9 @@ def report(folder: Path) -> tuple[list[str], int]:
     if not isinstance(recorded, dict):
         raise ConfigError(f"--doctor={folder}: " + ("there is no such folder" if not folder.is_dir() else
                           "its config.json is " + ("damaged" if recorded else "missing") + ": it is no run's"))
-    c = from_dict(recorded)
+    c, rows = from_dict(recorded), _rows(folder / "metrics.jsonl")
     lines = [f"{folder}: {c.name}, {c.train.steps:,} steps of {c.train.batch} rows of {sum(row_lengths(c)):,} tokens"]
-    lines += [*_manifest(folder), *_metrics(folder, c)]
+    lines += [*_manifest(folder), *_metrics(folder, rows)]
     whole, damaged, told = _checkpoints(folder)
     lines += told
     summary = _json(folder / "summary.json")
@@ -44,7 +44,7 @@ def report(folder: Path) -> tuple[list[str], int]:
                         "rate, or go on with more of train.rollbacks"], 78
     if not whole:
         return [*lines, "a restart begins at the first step: there is no checkpoint"], 0
-    gone = max(0, _last(folder) - whole[-1])
+    gone = max(0, max((row["step"] for row in rows), default=0) - whole[-1])
     return [*lines, f"a restart goes on from step {whole[-1]:,}"
                     + (f", and makes {gone:,} steps again" if gone else "")], 0
 
@@ -57,9 +57,8 @@ def _manifest(folder: Path) -> list[str]:
             f"started {len(found['starts'])} times, last on {found['devices']} x {found['device']}"]
 
 
-def _metrics(folder: Path, c) -> list[str]:
+def _metrics(folder: Path, rows: list[dict]) -> list[str]:
     """How far the rows go, and where the time went."""
-    rows = _rows(folder)
     steps = [row["step"] for row in rows if "tag" not in row]
     lines = [f"metrics.jsonl: {len(steps):,} rows up to step {max(steps, default=0):,}"]
     if len(set(steps)) < len(steps):
@@ -109,15 +108,11 @@ def _holder(folder: Path) -> str:
     return f"process {lease['process']} on {lease['name']}, if it still lives" if elsewhere else ""
 
 
-def _last(folder: Path) -> int:
-    return max((row["step"] for row in _rows(folder)), default=0)
-
-
-def _rows(folder: Path) -> list[dict]:
+def _rows(path: Path) -> list[dict]:
     """The whole rows of metrics.jsonl."""
     found = []
-    if (folder / "metrics.jsonl").exists():
-        for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
                 found += [row] if isinstance(row, dict) and "step" in row else []
