@@ -102,7 +102,7 @@ def _backward(rule: Rule, kept, dy_BTNH):
     delta_BTN = jnp.sum(dy_BTNH.astype(jnp.float32) * y_BTNH, -1)
     delta_BKGT = delta_BTN.swapaxes(1, 2).reshape(sums_BKGT.shape)
     q_BKGTH, dy_BKGTH, k_BKSH, v_BKSH = _grouped(q_BTNH, K), _grouped(dy_BTNH, K), _heads(k_BSKH), _heads(v_BSKH)
-    dqs, dk, dv = [], jnp.zeros(k_BKSH.shape), jnp.zeros(v_BKSH.shape)
+    dqs, (dk_BKHS, dv_BKHS) = [], (jnp.zeros(x_BKSH.swapaxes(2, 3).shape) for x_BKSH in (k_BKSH, v_BKSH))
     for queries, keys in rule.spans(T, slides=slides is not None):
         q, dy = q_BKGTH[..., queries, :], dy_BKGTH[..., queries, :]
         k, v = k_BKSH[..., keys, :], v_BKSH[..., keys, :]
@@ -111,14 +111,15 @@ def _backward(rule: Rule, kept, dy_BTNH):
         dweights = _product("BKGTH,BKSH->BKGTS", dy, v) - delta_BKGT[..., queries, None]
         dlogits = (weights * dweights * slope).astype(dtype)
         dqs.append(_product("BKGTS,BKSH->BKGTH", dlogits, k).astype(dtype))
-        dk = dk.at[..., keys, :].add(_product("BKGTS,BKGTH->BKSH", dlogits, q))
-        dv = dv.at[..., keys, :].add(_product("BKGTS,BKGTH->BKSH", weights.astype(dtype), dy))
+        dk_BKHS = dk_BKHS.at[..., keys].add(_over_queries(q, dlogits))
+        dv_BKHS = dv_BKHS.at[..., keys].add(_over_queries(dy, weights.astype(dtype)))
     dq_BTNH = _heads(jnp.concatenate(dqs, 3).reshape(B, N, T, H))
     dsinks_N = None
     if sinks_N is not None:
         sinks = sinks_N.reshape(1, *sums_BKGT.shape[1:3], 1)
         dsinks_N = -(jnp.exp(sinks - sums_BKGT) * delta_BKGT).sum((0, 3)).reshape(N).astype(sinks_N.dtype)
-    return dq_BTNH, _heads(dk).astype(dtype), _heads(dv).astype(dtype), None, dsinks_N, None
+    dk_BSKH, dv_BSKH = (jnp.moveaxis(x_BKHS, 3, 1).astype(dtype) for x_BKHS in (dk_BKHS, dv_BKHS))
+    return dq_BTNH, dk_BSKH, dv_BSKH, None, dsinks_N, None
 
 
 _blocked.defvjp(_forward, _backward)
@@ -133,6 +134,16 @@ def _grouped(x_BTNH, K: int):
     """Heads before tokens, by the key head that they read."""
     B, T, N, H = x_BTNH.shape
     return _heads(x_BTNH).reshape(B, K, N // K, T, H)
+
+
+def _over_queries(x_BKGTH, weights_BKGTS):
+    """Their sum of products over a group's queries, [B, K, H, S]: in this order XLA takes the weights as they lie, where
+    [B, K, S, H] has them transposed first. Over one axis it multiplies in float32, whatever they are; over two as they
+    are, for a transposed copy of x."""
+    if x_BKGTH.dtype != jnp.float32:
+        return _product("BKGTH,BKGTS->BKHS", x_BKGTH, weights_BKGTS)
+    x_BKTH, weights_BKTS = (a.reshape(*a.shape[:2], -1, a.shape[4]) for a in (x_BKGTH, weights_BKGTS))
+    return _product("BKTH,BKTS->BKHS", x_BKTH, weights_BKTS)
 
 
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)

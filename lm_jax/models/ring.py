@@ -15,9 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax import parallel
 from lm_jax.models.layouts import SAVED, Layout, visible
+from lm_jax.models.xla import MASKED
 
 AXIS = parallel.ACTIVATIONS["T"]
-MASKED, LOWEST = -1e30, -5e29  # a hidden logit, and a maximum to start from under which its weight is exactly 0
+LOWEST = MASKED / 2  # a maximum to start from, under which a hidden logit's weight is exactly 0
 
 
 def ring(q_BTNH, k_BTKH, v_BTKH, query: Layout, key: Layout, *, causal, scale, window=0, sliding=True, softcap=0.0,
