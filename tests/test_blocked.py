@@ -32,8 +32,7 @@ def small_blocks(monkeypatch):
 def test_values_and_gradients_are_those_of_float64(rule, rows):
     """A gradient along a direction is a difference of the reference's values."""
     rng = np.random.default_rng(rows)
-    draw = lambda: [rng.standard_normal(shape) for shape in ((rows, T, N, H), (rows, T, K, H), (rows, T, K, H), (N,))]
-    arrays, direction = draw(), draw()
+    arrays, direction = draw(rng, rows), draw(rng, rows)
     weights = rng.standard_normal((rows, T, N, H)) * (SEGMENTS[:rows, :, None, None] > 0)
     graded = jax.value_and_grad(lambda arrays: total(arrays, weights, **RULES[rule]), has_aux=True)
     (_, y), grads = jax.jit(graded, compiler_options=tiny.QUICK)(narrow(arrays))
@@ -56,6 +55,20 @@ def test_gradients_reach_what_a_query_sees_and_nothing_else(rule):
     assert not (of_q * real)[:, ~np.eye(T, dtype=bool)].any() and not (of_k * real)[~seen].any()
     several = seen.sum(2) > 1  # of a single key, the weight is 1 whatever it says
     assert ((of_k * real > 0).any(2) >= several & real[..., 0]).all()
+
+
+def test_gradients_in_bfloat16_are_those_of_float32_rounded():
+    """Their products are others."""
+    given = jax.tree.map(lambda x: x.astype(jnp.bfloat16), narrow(draw(np.random.default_rng(0), 2)))
+    value = lambda arrays: total(arrays, 1.0, **RULES["all at once"])[0]
+    graded = jax.jit(jax.grad(value), compiler_options=tiny.QUICK)
+    for got, exact in zip(graded(given), graded(jax.tree.map(lambda x: x.astype(jnp.float32), given))):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(got.astype(jnp.float32), exact, atol=0.02 * np.abs(exact).max())
+
+
+def draw(rng, rows: int):
+    return [rng.standard_normal(shape) for shape in ((rows, T, N, H), (rows, T, K, H), (rows, T, K, H), (N,))]
 
 
 def total(arrays, weights, *, sinks=False, **rule):

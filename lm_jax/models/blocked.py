@@ -137,9 +137,9 @@ def _grouped(x_BTNH, K: int):
 
 
 def _over_queries(x_BKGTH, weights_BKGTS):
-    """Their sum of products over a group's queries, [B, K, H, S]: in this order XLA takes the weights as they lie, where
-    [B, K, S, H] has them transposed first. Over one axis it multiplies in float32, whatever they are; over two as they
-    are, for a transposed copy of x."""
+    """Their products summed over a group's queries, [B, K, H, S]: in this order XLA takes the weights as they lie, and
+    for [B, K, S, H] it transposes them first. Over one axis it multiplies in float32, whatever they are; over two as
+    they are, with a transposed copy of x."""
     if x_BKGTH.dtype != jnp.float32:
         return _product("BKGTH,BKGTS->BKHS", x_BKGTH, weights_BKGTS)
     x_BKTH, weights_BKTS = (a.reshape(*a.shape[:2], -1, a.shape[4]) for a in (x_BKGTH, weights_BKGTS))
