@@ -190,6 +190,7 @@ def test_help_is_a_table_of_contents_without_jax():
     begun = time.monotonic()
     done = run("--help")
     assert done.returncode == 0 and all(name in done.stdout for name in bench.PARTS | bench.AGAINST)
+    assert all(f"{what}\n" in done.stdout and "minutes" in what for what in bench.AGAINST.values())
     assert time.monotonic() - begun < 60
     loaded = subprocess.run([sys.executable, "-c", "import sys, lm_jax.bench; print('jax' in sys.modules)"], cwd=ROOT,
                             capture_output=True, text=True)
