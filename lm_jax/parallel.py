@@ -151,15 +151,24 @@ def per_rows(f, x_BTD, *per_token, tables):
         x_BTD, *per_token, *tables)
 
 
-def per_shard(f, *arrays, letters: tuple[str, ...]):
+def per_shard(f, *arrays, letters: tuple[str, ...], out: tuple[str, ...] = ()):
     """`f(*arrays)` on each device's own shards, arrays laid out as activations with these letters, the result as the
-    first of them. For kernels that the compiler cannot split. An array may be None; f closes over none."""
+    first of them; or, with `out`, results as these. For kernels that the compiler cannot split, and loops in which
+    devices should not meet. An array or a result may be None; f closes over none."""
     if not _axis_sizes():
         return f(*arrays)
-    pairs = zip(letters, arrays, strict=True)
+    pairs = list(zip(letters, arrays, strict=True))
     specs = tuple(PartitionSpec() if x is None else activation(each, x.shape) for each, x in pairs)
+    size = {a: n for each, x in pairs if x is not None for a, n in zip(each, x.shape)}
+    outs = tuple(activation(each, tuple(size[a] for a in each)) for each in out) or specs[0]
     arrays = [x if x is None else jax.sharding.reshard(x, spec) for x, spec in zip(arrays, specs)]
-    return jax.shard_map(f, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)  # kernels say no vma
+    return jax.shard_map(f, in_specs=specs, out_specs=outs, check_vma=False)(*arrays)  # kernels say no vma
+
+
+def sum_of_tokens(shares, letters: str):
+    """A weight's gradient, laid out as the weight is, of what each device's tokens add to it: [1, 1, *letters] on each,
+    the first two laid out as BT are."""
+    return jax.numpy.einsum(f"BT{letters}->{letters}", shares, out_sharding=weight(letters, shares.shape[2:]))
 
 
 def key_heads(x, letters: str, N: int):
@@ -235,20 +244,11 @@ def local_size(letters: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // math.prod(sizes[axis] for axis in _names(activation(letters, shape) or ()))
 
 
-def split(x, parts: int, *, axis: int, shards: int = 1, fill=0):
-    """`x` cut along `axis` into `parts` leading slices, interleaved so that no element leaves its device.
-
-    Where `parts` does not divide what each of the axis's `shards` has, it is filled up with `fill`.
-    """
-    before, after, own = x.shape[:axis], x.shape[axis + 1:], x.shape[axis] // shards
-    reshape, layout = jax.numpy.reshape, like(x)
+def split(x, parts: int, *, axis: int):
+    """`x` cut along `axis` into `parts` leading slices, interleaved so that no element leaves its device."""
+    before, after, layout = x.shape[:axis], x.shape[axis + 1:], like(x)
     inner = layout and PartitionSpec(*layout[:axis + 1], None, *layout[axis + 1:])
-    if own % parts:
-        x = reshape(x, (*before, shards, own, *after), out_sharding=inner)
-        x = jax.numpy.pad(x, [(0, -own % parts * (i == axis + 1)) for i in range(x.ndim)], constant_values=fill)
-        own = x.shape[axis + 1]
-        x = reshape(x, (*before, shards * own, *after), out_sharding=layout)
-    x = reshape(x, (*before, shards * own // parts, parts, *after), out_sharding=inner)
+    x = jax.numpy.reshape(x, (*before, x.shape[axis] // parts, parts, *after), out_sharding=inner)
     return jax.numpy.moveaxis(x, axis + 1, 0)
 
 

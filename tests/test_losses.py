@@ -34,9 +34,6 @@ class Head:
     def output(self):
         return self.w_DV, None
 
-    def unembedded(self, x_BTD, w_DV, bias_V):
-        return jnp.einsum("BTD,DV->BTV", x_BTD, w_DV.astype(self.dtype), preferred_element_type=jnp.float32)
-
 
 def draw(rng, T=12):
     x, w = rng.standard_normal((3, T, 8)), rng.standard_normal((8, V))

@@ -22,7 +22,8 @@ def measured(*, vocab: int = VOCAB, width: int = WIDTH, rows: int = ROWS, length
     targets_BT = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
     def total(params, x_BTD, model, targets_BT):
-        return losses.token_scores(update.with_parameters(model, params), x_BTD, targets_BT)[0].sum()
+        batch = dict(targets=targets_BT, weights=jnp.ones(targets_BT.shape))
+        return losses.token_scores(update.with_parameters(model, params), x_BTD, batch)[0]
 
     graded = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
     laid = graded.lower(update.parameters(model), x_BTD, model, targets_BT).compile().memory_analysis()

@@ -62,6 +62,13 @@ class Classifier(nnx.Module):
         return self.out(x_BTD).astype(jnp.float32)
 
 
+def softened(logits_BTV, bias_V, cap: float):
+    """Products with the output table as logits: with the bias of a masked head, or None, within +-cap, or 0: as they
+    are."""
+    logits_BTV = logits_BTV if bias_V is None else logits_BTV + bias_V
+    return cap * jnp.tanh(logits_BTV / cap) if cap else logits_BTV
+
+
 def of_rows(x_BTD, segments_BT, *, causal: bool):
     """What stands for each row, [B, 1, D]: its first token or, where tokens see none after them, its last; padding, of
     which `segments_BT` are 0, is none."""

@@ -61,7 +61,9 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD):
         """logits_BTV of hidden states, in float32."""
-        return self.unembedded(self.outward(x_BTD), *self.output())
+        table, bias_V = self.output()
+        logits_BTV = matmul(f"BTD,{self.output_letters}->BTV", jnp.float32, self.outward(x_BTD), table)
+        return heads.softened(logits_BTV, bias_V, self.cfg.logit_softcap)
 
     def outward(self, x_BTD):
         """Hidden states as the output table reads them."""
@@ -74,13 +76,6 @@ class Transformer(nnx.Module):
         """The output table, [V, D] if tied and else [D, V], and the bias_V of a masked head, or None."""
         table = (self.embed.table if self.unembed is None else self.unembed.w)[...]
         return table, None if self.transform is None else self.transform.bias[...]
-
-    def unembedded(self, x_BTD, table, bias_V=None):
-        """logits_BTV of what `outward` gives, over the ids whose part of the `output` is given."""
-        logits_BTV = matmul(f"BTD,{self.output_letters}->BTV", jnp.float32, x_BTD, table)
-        logits_BTV = logits_BTV if bias_V is None else logits_BTV + bias_V
-        cap = self.cfg.logit_softcap
-        return cap * jnp.tanh(logits_BTV / cap) if cap else logits_BTV
 
     @property
     def output_letters(self) -> str:
