@@ -114,7 +114,7 @@ def _scores(rule: Rule, x_BTD, table, bias_V, targets_BT, weights_BT):
 def _forward(rule: Rule, x_BTD, table, bias_V, targets_BT, weights_BT):
     (objective_BT, *scores), gradients = _walk(rule, x_BTD, table, bias_V, targets_BT, weights_BT, graded=True)
     dx_BTD, dtable, dbias = gradients
-    dtable = parallel.sum_of_tokens(dtable, "DV")
+    dtable = jax.lax.optimization_barrier(parallel.sum_of_tokens(dtable, "DV"))  # XLA would turn the product's operands
     dbias_V = None if dbias is None else parallel.sum_of_tokens(dbias, "V")
     return (objective_BT.sum(), *scores), (dx_BTD, dtable.T if rule.letters == "VD" else dtable, dbias_V)
 
