@@ -84,17 +84,6 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     return sizes | {axis: devices // fixed for axis in free}
 
 
-def meshes(devices: int, *, slices: int, experts: int):
-    """Every way to lay so many devices along the axes: a copy a slice, and none along experts where there are none."""
-    divisors = lambda n: [d for d in range(1, n + 1) if n % d == 0]
-    inside = devices // slices
-    for model in divisors(inside):
-        for sequence in divisors(inside // model):
-            for expert in divisors(math.gcd(inside // model // sequence, experts) if experts else 1):
-                left = inside // model // sequence // expert
-                yield from (MeshConfig(slices, left // fsdp, fsdp, model, sequence, expert) for fsdp in divisors(left))
-
-
 def weight(letters: str, shape: tuple[int, ...]) -> PartitionSpec | None:
     """Layout of a weight with these letters, e.g. "LDF"; None without a mesh."""
     return _spec(WEIGHTS, letters, shape)
@@ -153,8 +142,7 @@ def per_rows(f, x_BTD, *per_token, tables):
 
 def per_shard(f, *arrays, letters: tuple[str, ...], out: tuple[str, ...] = ()):
     """`f(*arrays)` on each device's own shards, arrays laid out as activations with these letters, the result as the
-    first of them; or, with `out`, results as these. For kernels that the compiler cannot split, and loops in which
-    devices should not meet. An array or a result may be None; f closes over none."""
+    first of them or, with `out`, results as these. For what compilers cannot split. Any may be None; f closes over none."""
     if not _axis_sizes():
         return f(*arrays)
     pairs = list(zip(letters, arrays, strict=True))
@@ -167,8 +155,20 @@ def per_shard(f, *arrays, letters: tuple[str, ...], out: tuple[str, ...] = ()):
 
 def sum_of_tokens(shares, letters: str):
     """A weight's gradient, laid out as the weight is, of what each device's tokens add to it: [1, 1, *letters] on each,
-    the first two laid out as BT are."""
-    return jax.numpy.einsum(f"BT{letters}->{letters}", shares, out_sharding=weight(letters, shares.shape[2:]))
+    the first two laid out as BT are. Scattered as it is summed, whatever the compiler would do."""
+    spec, layout = weight(letters, shares.shape[2:]), like(shares)
+    if layout is None:
+        return shares[0, 0]
+    tokens = _names(layout[:2])
+    cuts = [tuple(a for a in _names((axis,)) if a in tokens) for axis in spec]
+
+    def local(shares):
+        for i, cut in enumerate(cuts):
+            shares = jax.lax.psum_scatter(shares, cut, scatter_dimension=2 + i, tiled=True) if cut else shares
+        return jax.lax.psum(shares[0, 0], [a for a in tokens if a not in sum(cuts, ())])
+
+    laid = PartitionSpec(*(_one(cut + _names((kept,))) for cut, kept in zip(cuts, layout[2:])))
+    return jax.sharding.reshard(jax.shard_map(local, in_specs=layout, out_specs=laid, check_vma=False)(shares), spec)
 
 
 def key_heads(x, letters: str, N: int):

@@ -80,10 +80,10 @@ def _layer(config: Config, mesh, remat: str) -> tuple[int, int]:
 
 
 def _passing(config: Config, mesh) -> tuple[int, int]:
-    """Bytes for a moment in the backward pass of a layer, and in that of the head, besides what is computed again.
+    """Bytes for a moment in the backward pass of a layer, besides what is computed again, and while the loss is made.
 
     Weights as a product takes them, brought together from the tokens' devices; one gradient in float32 before it is
-    scattered; a part of the logits. (Logits made in one part are kept, and so are among the residuals.)
+    scattered; a part of the logits, and of their gradient.
     """
     cfg, (tokens, _) = config.model, row_lengths(config)
     item = jnp.dtype(cfg.dtype).itemsize
@@ -93,7 +93,7 @@ def _passing(config: Config, mesh) -> tuple[int, int]:
         logits = parallel.local_size("BTV", (config.train.batch, tokens, cfg.vocab))
         parts = losses.parts_of(config.train.batch, tokens, cfg.vocab)
     layer = IN_FLIGHT * (item * sum(layered) + 4 * max(layered))
-    return int(layer), ((item + 4) * max(tables) + (4 * logits if parts > 1 else 0)) // parts
+    return int(layer), (item + 4) * max(tables) + (4 + item) * logits // parts
 
 
 def _microbatch(config: Config) -> Config:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lm_jax import losses, parallel
+from lm_jax import parallel
 from lm_jax.config import Config
 from lm_jax.models import flops, kernels
 from lm_jax.preflight import traffic
@@ -79,10 +79,9 @@ def computed(config: Config) -> float:
     """FLOPs that one device of the mesh in use really computes in a step: what remat does again too, and what letters
     that do not divide their axis have several devices do."""
     cfg, (T, S), rows = config.model, row_lengths(config), config.train.batch
-    chunked = losses.parts_of(rows // config.train.microbatches, T, cfg.vocab) > 1
     total = 0.0
     for w in flops.weights(cfg):
-        again = cfg.remat == "full" if "blocks" in w.path else chunked
+        again = cfg.remat == "full" and "blocks" in w.path
         axes = _over(zip(w.kind.letters.removeprefix("L"), w.shape[w.kind.letters.startswith("L"):]))
         met = flops.tokens_met(w, cfg, T, S)
         total += 2 * (3 + again) * flops.active(w, cfg) * met / parallel.devices_along(axes + _over([("T", met)]))

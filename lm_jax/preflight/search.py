@@ -1,6 +1,7 @@
 """The mesh, remat and microbatches with the best predicted step time that fit; the numbers of the run stay."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -69,7 +70,7 @@ def candidates(config: Config, topology: Topology) -> Iterator[Forecast]:
     remat and number of microbatches."""
     with contextlib.suppress(ConfigError):
         yield Forecast(config, topology)
-    for mesh in parallel.meshes(topology.devices, slices=topology.slices, experts=config.model.moe.experts):
+    for mesh in meshes(topology.devices, slices=topology.slices, experts=config.model.moe.experts):
         for microbatches in _divisors(config.train.batch):
             try:
                 one = Forecast(_changed(config, mesh, "none", microbatches), topology)
@@ -78,6 +79,16 @@ def candidates(config: Config, topology: Topology) -> Iterator[Forecast]:
             if one.replicated:
                 break
             yield from (Forecast(_changed(config, mesh, remat, microbatches), topology) for remat in REMAT)
+
+
+def meshes(devices: int, *, slices: int, experts: int) -> Iterator[MeshConfig]:
+    """Every way to lay so many devices along the axes: a copy a slice, and none along experts where there are none."""
+    inside = devices // slices
+    for model in _divisors(inside):
+        for sequence in _divisors(inside // model):
+            for expert in _divisors(math.gcd(inside // model // sequence, experts) if experts else 1):
+                left = inside // model // sequence // expert
+                yield from (MeshConfig(slices, left // each, each, model, sequence, expert) for each in _divisors(left))
 
 
 def _changed(config: Config, mesh: MeshConfig, remat: str, microbatches: int) -> Config:

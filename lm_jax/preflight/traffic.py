@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lm_jax import losses, parallel
+from lm_jax import parallel
 from lm_jax.config import Config
 from lm_jax.models import flops, kernels
 from lm_jax.recipes.pretrain import row_lengths
@@ -92,14 +92,12 @@ def _weight(config: Config, w: flops.Weight, tokens: dict, T: int, S: int):
             yield from _gathers(size * whole, letters, shape, gathered, 1)
             yield from _sums(size * whole, met, 1 + (S > 0 and w.path[0] == "embed"))
         if kind.fan_in or _tied(w, cfg):
-            parts = _parts(config, w, T)  # each of which a device brings together, and sums the gradient of, once
             shared = 0 if _tied(w, cfg) else 1  # outside loops backward and forward share a gather, and with a lookup
-            times = 2 * layers if stacked or parts > 1 else shared
-            yield from _gathers(size * whole, letters, shape, gathered, times)
+            yield from _gathers(size * whole, letters, shape, gathered, 2 * layers if stacked else shared)
             rest = tuple(axis for axis in met.over_rows + met.over_length if axis not in gathered)
             yield Move("reduce-scatter", 4 * whole, gathered, layers, "gradients")
             yield Move("all-reduce", 4 * whole // parallel.devices_along(gathered), rest, layers, "gradients")
-            yield from _products(cfg, w, letters, shape, met, size, layers * parts)
+            yield from _products(cfg, w, letters, shape, met, size, layers)
 
 
 def _products(cfg, w: flops.Weight, letters: str, shape: tuple, met: _Tokens, size: int, layers: int):
@@ -179,9 +177,9 @@ def _lookup(config: Config, met: _Tokens) -> list[Move]:
 
 
 def _loss(config: Config, met: _Tokens) -> list[Move]:
-    """Four numbers a token are all that parts of the vocabulary sum: two maxima, the partition, the target's."""
-    B, T, V = config.train.batch // config.train.microbatches, met.length, config.model.vocab
-    return [Move("all-reduce", 4 * met.local, parallel.activation_axes("V", V), 4 * losses.parts_of(B, T, V), "loss")]
+    """Numbers a token that shards of the vocabulary bring together: maximum, partition, the target's logit, their sum."""
+    axes, times = parallel.activation_axes("V", config.model.vocab), 3 + (config.train.smoothing > 0)
+    return [Move("all-reduce", 4 * met.local, axes, times, "loss")]
 
 
 def _layout(config: Config, met: _Tokens) -> list[Move]:
@@ -195,10 +193,3 @@ def _layout(config: Config, met: _Tokens) -> list[Move]:
 def _tied(w: flops.Weight, cfg) -> bool:
     """Whether an embedding is the output table too."""
     return cfg.tied and w.path[0] == "embed"
-
-
-def _parts(config: Config, w: flops.Weight, T: int) -> int:
-    """In how many parts a weight is used: the output table in those of the logits."""
-    if not (_tied(w, config.model) or w.path[0] == "unembed"):
-        return 1
-    return losses.parts_of(config.train.batch // config.train.microbatches, T, config.model.vocab)
