@@ -2,7 +2,7 @@
 
 The state is counted. What the forward pass keeps for the backward pass is asked of JAX: the step is traced, never run,
 and every residual of its gradient has a type with a layout, whatever the architecture, the kernels and the remat. A
-step is fullest in the backward pass of a layer or in that of the head; what each needs for a moment is estimated, and
+step is fullest in the backward pass of a layer or as the loss is made; what each needs for a moment is estimated, and
 docs/preflight.md holds the whole against the TPU compiler's own peak.
 """
 
@@ -19,7 +19,7 @@ from lm_jax.preflight import program
 from lm_jax.recipes.pretrain import row_lengths
 
 # Fitted to the TPU compiler's peaks of 1B to 70B models (docs/preflight.md).
-IN_FLIGHT = 1.5  # of a layer's weights and largest gradient: the next ones come while these are used
+IN_FLIGHT = 1.5  # of a layer's weights and of the largest gradient: the next ones come while these are used
 WRITTEN = 0.45  # of what a layer computes again, the share that XLA writes out; the rest is fused into what reads it
 
 
@@ -83,7 +83,7 @@ def _passing(config: Config, mesh) -> tuple[int, int]:
     """Bytes for a moment in the backward pass of a layer, besides what is computed again, and while the loss is made.
 
     Weights as a product takes them, brought together from the tokens' devices; one gradient in float32 before it is
-    scattered; a part of the logits, and of their gradient.
+    scattered (the output table's grows from part to part); a part of the logits, and of their gradient.
     """
     cfg, (tokens, _) = config.model, row_lengths(config)
     item = jnp.dtype(cfg.dtype).itemsize
@@ -93,7 +93,7 @@ def _passing(config: Config, mesh) -> tuple[int, int]:
         logits = parallel.local_size("BTV", (config.train.batch, tokens, cfg.vocab))
         parts = losses.parts_of(config.train.batch, tokens, cfg.vocab)
     layer = IN_FLIGHT * (item * sum(layered) + 4 * max(layered))
-    return int(layer), (item + 4) * max(tables) + (4 + item) * logits // parts
+    return int(layer), int((item + IN_FLIGHT * 4) * max(tables)) + (4 + item) * logits // parts
 
 
 def _microbatch(config: Config) -> Config:
