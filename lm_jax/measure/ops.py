@@ -4,6 +4,7 @@ import collections
 import glob
 import math
 import re
+import statistics
 import tempfile
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from jax.profiler import ProfileData
 from lm_jax.measure.figures import Figure
 from lm_jax.measure.limits import Limits
 
-STEPS = 3  # that are profiled
+CALLS = 3  # that are profiled
 HOLDERS = ("while", "conditional", "call")  # whose times are those of what they hold
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # the names of others end in theirs
@@ -52,19 +53,11 @@ class Instruction:
 
 
 def profiled(run) -> dict[str, float]:
-    """Seconds that each operation took in a call of `run`, over all threads or streams; a mean over `STEPS` calls."""
+    """Seconds that each operation took in a call of `run`, over all threads or streams; the median of `CALLS` calls, of
+    which one may have had memory to fetch from the system."""
     run()
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(STEPS):
-                run()
-        data = [ProfileData.from_file(path) for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)]
-        total = collections.Counter()
-        for event in (event for one in data for plane in one.planes for line in plane.lines for event in line.events):
-            name = next((value for key, value in event.stats if key == "hlo_op"), None)
-            if name is not None:
-                total[str(name)] += event.duration_ns * 1e-9 / STEPS
-    return dict(total)
+    calls = [_traced(run) for _ in range(CALLS)]
+    return {name: statistics.median(call[name] for call in calls) for name in set().union(*calls)}
 
 
 def instructions(text: str) -> dict[str, Instruction]:
@@ -82,6 +75,20 @@ def instructions(text: str) -> dict[str, Instruction]:
             source = _SOURCE.search(rest)
             found[name] = Instruction(kind, flops, _bytes(shape) + read, _short(source[1]) if source else kind)
     return found
+
+
+def _traced(run) -> collections.Counter:
+    """Seconds of each operation in one call."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        data = [ProfileData.from_file(path) for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)]
+        total = collections.Counter()
+        for event in (event for one in data for plane in one.planes for line in plane.lines for event in line.events):
+            name = next((value for key, value in event.stats if key == "hlo_op"), None)
+            if name is not None:
+                total[str(name)] += event.duration_ns * 1e-9
+    return total
 
 
 def _computations(text: str) -> dict[str, dict[str, tuple[str, str, str]]]:
