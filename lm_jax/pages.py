@@ -13,7 +13,7 @@ from lm_jax import devices
 
 TUNABLES = "GLIBC_TUNABLES"
 HUGE = ("glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:"  # one arena: what other threads free is kept as well
-        "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=68719476736")
+        "glibc.malloc.mmap_threshold=1099511627776:glibc.malloc.trim_threshold=1099511627776")  # more than any step has
 
 
 def settle():
