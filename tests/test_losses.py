@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import tiny
 from lm_jax import losses
@@ -66,8 +67,8 @@ def scored(x, w, batch, *, dtype=jnp.float32, chunk=0, **knobs):
     return jax.grad(objective, (0, 1), has_aux=True)(x, w)
 
 
-@pytest.mark.parametrize("chunk", [2**26, 3 * 4 * V, 3 * 12 * 5, 1],
-                         ids=["whole", "three parts", "parts of five", "one id at a time"])
+@pytest.mark.parametrize("chunk", [2**26, 3 * 4 * V, 3 * 12 * V // 5 + 1, 1],
+                         ids=["whole", "three parts", "five parts, the last filled up", "one token of each row at a time"])
 @pytest.mark.parametrize("knobs", [
     {}, dict(smoothing=0.1), dict(z_loss=0.05), dict(smoothing=0.1, z_loss=0.05)], ids=str)
 def test_the_loss_is_its_formula_however_it_is_cut(knobs, chunk, rng, monkeypatch):
@@ -81,6 +82,29 @@ def test_the_loss_is_its_formula_however_it_is_cut(knobs, chunk, rng, monkeypatc
     assert ("z_loss" in metrics) == ("z_loss" in knobs)
     for got, want in zip(gradients, expected["gradients"]):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family, changes", [
+    ("decoder", dict(logit_softcap=2.0)), ("decoder", dict(tied=False)), ("encoder", {})], ids=str)
+def test_a_models_gradients_are_those_of_its_logits(family, changes, monkeypatch):
+    """With a soft-cap, either table and a masked head's bias: JAX's own gradient of all logits at once."""
+    monkeypatch.setattr(losses, "CHUNK", 2 * 16 * V // 5 + 1)
+    model, batch = tiny.model(family, **changes), tiny.rows(batch=2)
+    graph, params = nnx.split(model)
+
+    def plain(model, x_BTD):
+        logits_BTV = model.logits(x_BTD)
+        z_BT = jax.nn.logsumexp(logits_BTV, -1)
+        target_BT = jnp.take_along_axis(logits_BTV, batch["targets"][..., None], -1)[..., 0]
+        aim_BT = 0.9 * target_BT + 0.1 * logits_BTV.mean(-1)
+        return ((z_BT - aim_BT + 0.05 * z_BT**2) * batch["weights"]).sum()
+
+    made = lambda model, x_BTD: losses.token_scores(model, x_BTD, batch, z_loss=0.05, smoothing=0.1)[0]
+    graded = lambda objective: jax.jit(jax.value_and_grad(
+        lambda params: objective(model := nnx.merge(graph, params), model.hidden(batch)[0])))(params)
+    got, expected = (jax.tree.leaves(graded(objective)) for objective in (made, plain))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 + 1e-4 * np.abs(b).max())
 
 
 def test_the_z_loss_stays_apart_from_the_loss(rng):

@@ -65,12 +65,19 @@ def test_a_step_is_the_same_on_every_mesh_and_goes_on_on_any_other(family, mesh,
     assert_goes_on(alone, newest[family], second)
 
 
-@pytest.mark.parametrize("mesh", ["sequence 4, fsdp 2", "model 4, data 2"])
-def test_a_loss_in_parts_is_the_same_on_every_mesh(mesh, monkeypatch):
-    expected = single("decoder").first[1]
-    monkeypatch.setattr(losses, "CHUNK", 1500)  # three parts of the 64 or 16 ids of a device, which are filled up
+@pytest.mark.parametrize("family, mesh", [
+    ("decoder", "sequence 4, fsdp 2"), ("encoder", "replica 2, fsdp 2, model 2")])
+def test_a_loss_of_every_term_in_parts_is_the_same_on_every_mesh(family, mesh, monkeypatch):
+    """Three parts of a device's tokens, the last filled up; gradients too, of a masked head's bias too."""
+    terms, model = dict(z_loss=0.01, smoothing=0.1), tiny.model(family, **FAMILIES[family])
+    score = lambda *args: jax.jit(functools.partial(tiny.score, **terms), compiler_options=tiny.QUICK)(*args)
+    value, metrics, gradients = score(model, batches(family)[0])
+    monkeypatch.setattr(losses, "CHUNK", 1500)
     with on(MESHES[mesh]):
-        np.testing.assert_allclose(Run("decoder", parts=1).first[1], expected, rtol=1e-5)
+        here = score(placed(model), hosts.put_batch(batches(family)[0]))
+        np.testing.assert_allclose(here[0], value, rtol=1e-5)
+        np.testing.assert_allclose(here[1]["loss"].total, metrics["loss"].total, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6), here[2], gradients)
 
 
 def test_on_one_mesh_a_run_gone_on_is_the_unbroken_one_bit_for_bit(tmp_path):
