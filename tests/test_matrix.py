@@ -68,7 +68,7 @@ def test_a_step_is_the_same_on_every_mesh_and_goes_on_on_any_other(family, mesh,
 @pytest.mark.parametrize("family, mesh", [
     ("decoder", "sequence 4, fsdp 2"), ("encoder", "replica 2, fsdp 2, model 2")])
 def test_a_loss_of_every_term_in_parts_is_the_same_on_every_mesh(family, mesh, monkeypatch):
-    """Three parts of a device's tokens, the last filled up; gradients too, of a masked head's bias too."""
+    """Three parts of a device's tokens, the last filled up; gradients as well, a masked head's bias among them."""
     terms, model = dict(z_loss=0.01, smoothing=0.1), tiny.model(family, **FAMILIES[family])
     score = lambda *args: jax.jit(functools.partial(tiny.score, **terms), compiler_options=tiny.QUICK)(*args)
     value, metrics, gradients = score(model, batches(family)[0])
