@@ -72,7 +72,9 @@ def token_scores(model, x_BTD, batch: Batch, **terms):
 
 def parts_of(B: int, T: int, V: int) -> int:
     """In how many parts the logits [B, T, V] are made on the mesh in use, each of some tokens of every row."""
-    return min(-(-parallel.local_size("BTV", (B, T, V)) // CHUNK), parallel.local_size("T", (T,)))
+    tokens = parallel.local_size("T", (T,))
+    each = max(1, CHUNK * tokens // parallel.local_size("BTV", (B, T, V)))
+    return -(-tokens // each)
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,11 @@ def _scores(rule: Rule, x_BTD, table, bias_V, targets_BT, weights_BT):
 def _forward(rule: Rule, x_BTD, table, bias_V, targets_BT, weights_BT):
     (objective_BT, *scores), gradients = _walk(rule, x_BTD, table, bias_V, targets_BT, weights_BT, graded=True)
     dx_BTD, dtable, dbias = gradients
-    dtable = jax.lax.optimization_barrier(parallel.sum_of_tokens(dtable, "DV"))  # XLA would turn the product's operands
+    dtable = parallel.sum_of_tokens(dtable, "DV")
+    if rule.letters == "VD":
+        dtable = jax.lax.optimization_barrier(dtable).T  # or XLA would turn the product's wide operand
     dbias_V = None if dbias is None else parallel.sum_of_tokens(dbias, "V")
-    return (objective_BT.sum(), *scores), (dx_BTD, dtable.T if rule.letters == "VD" else dtable, dbias_V)
+    return (objective_BT.sum(), *scores), (dx_BTD, dtable.astype(table.dtype), dbias_V)
 
 
 def _backward(rule: Rule, gradients, cotangents):

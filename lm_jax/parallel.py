@@ -142,7 +142,7 @@ def per_rows(f, x_BTD, *per_token, tables):
 
 def per_shard(f, *arrays, letters: tuple[str, ...], out: tuple[str, ...] = ()):
     """`f(*arrays)` on each device's own shards, arrays laid out as activations with these letters, the result as the
-    first of them or, with `out`, results as these. For what compilers cannot split. Any may be None; f closes over none."""
+    first of them or, with `out`, results as these. For what compilers cannot split. An array may be None."""
     if not _axis_sizes():
         return f(*arrays)
     pairs = list(zip(letters, arrays, strict=True))

@@ -36,7 +36,7 @@ class Head:
         return self.w_DV, None
 
 
-def draw(rng, T=12):
+def draw(rng, T=13):
     x, w = rng.standard_normal((3, T, 8)), rng.standard_normal((8, V))
     batch = dict(targets=rng.integers(0, V, (3, T)), weights=(rng.random((3, T)) < 0.7) * rng.uniform(0.5, 2, (3, T)))
     return x, w, batch | dict(weights=batch["weights"].astype(np.float32))
@@ -67,8 +67,8 @@ def scored(x, w, batch, *, dtype=jnp.float32, chunk=0, **knobs):
     return jax.grad(objective, (0, 1), has_aux=True)(x, w)
 
 
-@pytest.mark.parametrize("chunk", [2**26, 3 * 4 * V, 3 * 12 * V // 5 + 1, 1],
-                         ids=["whole", "three parts", "five parts, the last filled up", "one token of each row at a time"])
+@pytest.mark.parametrize("chunk", [2**26, 3 * 4 * V, 3 * 7 * V, 1],
+                         ids=["whole", "parts of four tokens", "parts of seven", "a token at a time"])
 @pytest.mark.parametrize("knobs", [
     {}, dict(smoothing=0.1), dict(z_loss=0.05), dict(smoothing=0.1, z_loss=0.05)], ids=str)
 def test_the_loss_is_its_formula_however_it_is_cut(knobs, chunk, rng, monkeypatch):
@@ -88,7 +88,7 @@ def test_the_loss_is_its_formula_however_it_is_cut(knobs, chunk, rng, monkeypatc
     ("decoder", dict(logit_softcap=2.0)), ("decoder", dict(tied=False)), ("encoder", {})], ids=str)
 def test_a_models_gradients_are_those_of_its_logits(family, changes, monkeypatch):
     """With a soft-cap, either table and a masked head's bias: JAX's own gradient of all logits at once."""
-    monkeypatch.setattr(losses, "CHUNK", 2 * 16 * V // 5 + 1)
+    monkeypatch.setattr(losses, "CHUNK", 2 * 5 * V)
     model, batch = tiny.model(family, **changes), tiny.rows(batch=2)
     graph, params = nnx.split(model)
 
@@ -131,9 +131,12 @@ def test_a_batch_of_no_weight_is_a_zero_and_not_a_nan(rng):
     assert metrics["objective"].value == 0 and all((g == 0).all() for g in gradients)
 
 
-def test_bfloat16_is_close(rng):
+@pytest.mark.parametrize("chunk", [2**26, 3 * 4 * V], ids=["whole", "parts"])
+def test_bfloat16_is_close(chunk, rng, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", chunk)
     x, w, batch = draw(rng)
-    (dx, dw), metrics = scored(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), batch, dtype=jnp.bfloat16)
+    (dx, dw), metrics = scored(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), batch, dtype=jnp.bfloat16,
+                               chunk=chunk)
     expected = reference(x, w, batch)
     np.testing.assert_allclose(metrics["loss"].total, expected["loss"], rtol=1e-2)
     for got, want in zip((dx, dw), expected["gradients"]):

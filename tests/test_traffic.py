@@ -40,7 +40,7 @@ def scanned(monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_the_formula_says_what_the_compiled_program_moves(name):
     """Gathers are equal to the byte and sums up to scalars. A CPU sums whole what others scatter as they sum it, but for
-    the output table, and gathers what lies outside the layers once for all microbatches."""
+    the output table; and it gathers what lies outside the layers once for all microbatches."""
     c = case(name)
     moved, said = hlo.totals(text(name)), traffic.totals(traffic.step(c, abstract(c)))
     tables = 4 * 2 * 64 * 32 // 2 if c.train.microbatches > 1 else 0
@@ -94,7 +94,7 @@ def test_no_logits_of_the_whole_vocabulary_are_ever_made():
 
 @pytest.mark.parametrize("mesh", [dict(fsdp=8), dict(data=2, fsdp=2, model=2)], ids=str)
 def test_parts_of_the_logits_move_the_table_once(mesh, monkeypatch):
-    """No logits of a whole row are held; the table is gathered once and its gradient scattered once, not for each part."""
+    """No logits of a whole row are held; the table is gathered and its gradient scattered once, not for each part."""
     c = settings("decoder", mesh, vocab=V, tied=False)
     shards = mesh.get("model", 1)
     rows = 8 * shards // math.prod(mesh.values())

@@ -63,8 +63,7 @@ class Classifier(nnx.Module):
 
 
 def softened(logits_BTV, bias_V, cap: float):
-    """Products with the output table as logits: with the bias of a masked head, or None, within +-cap, or 0: as they
-    are."""
+    """Logits of products with the output table: with a masked head's bias_V, if any, within +-cap, if it is not 0."""
     logits_BTV = logits_BTV if bias_V is None else logits_BTV + bias_V
     return cap * jnp.tanh(logits_BTV / cap) if cap else logits_BTV
 

@@ -56,7 +56,7 @@ class Einsum(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """A table of rows [V, D] looked up by id, and read backwards as the output layer where it is tied."""
+    """A table of rows [V, D] looked up by id; where it is tied it is the output table too."""
 
     def __init__(self, letters: str, cfg: TransformerConfig, *, rngs: nnx.Rngs):
         self.letters = letters
@@ -67,9 +67,6 @@ class Embed(nnx.Module):
         table = parallel.gather(self.table[...].astype(dtype), self.letters)
         sharding = parallel.activation("BTD", (*ids_BT.shape, table.shape[1]))
         return table.at[ids_BT].get(out_sharding=sharding)
-
-    def attend(self, x_BTD, dtype):
-        return matmul("BTD,VD->BTV", dtype, x_BTD, self.table[...])
 
 
 class Norm(nnx.Module):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lm_jax import parallel
+from lm_jax import losses, parallel
 from lm_jax.config import Config
 from lm_jax.models import flops, kernels
 from lm_jax.preflight import traffic
@@ -123,6 +123,7 @@ def _stream(config: Config, mesh) -> float:
     cfg, (T, S), micro = config.model, row_lengths(config), config.train.microbatches
     size, rows = jnp.dtype(cfg.dtype).itemsize, config.train.batch // micro
     passes = 3 + (cfg.remat == "full")  # forward, two products backward, and again
+    parts = losses.parts_of(rows, T, cfg.vocab)  # each reads the output table twice, and reads and writes its gradient
     total = 0.0
     for w in flops.weights(cfg):
         stacked = w.kind.letters.startswith("L")
@@ -131,7 +132,10 @@ def _stream(config: Config, mesh) -> float:
         mine = w.size / math.prod(mesh.shape[axis] for axis in gathered + kept)
         used = w.size / math.prod(mesh.shape[axis] for axis in kept)
         total += mine * (4 * 3 + state_bytes(config))  # the update reads weight and gradient, writes one
-        total += micro * used * (passes * size + 4)
+        if w.kind.role == "head" or (cfg.tied and w.path[0] == "embed"):
+            total += micro * used * parts * (2 * size + 8)
+        else:
+            total += micro * used * (passes * size + 4)
         if w.kind.fan_in:
             visits = cfg.moe.top_k if letters.startswith("E") else 1
             ends = {a: n for a, n in zip(letters, shape) if a != "E"}

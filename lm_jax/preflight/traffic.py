@@ -177,7 +177,8 @@ def _lookup(config: Config, met: _Tokens) -> list[Move]:
 
 
 def _loss(config: Config, met: _Tokens) -> list[Move]:
-    """Numbers a token that shards of the vocabulary bring together: maximum, partition, the target's logit, the sum."""
+    """Numbers of a token that parts of the vocabulary bring together: maximum, partition, the target's logit and, for
+    smoothing, the sum of all."""
     axes, times = parallel.activation_axes("V", config.model.vocab), 3 + (config.train.smoothing > 0)
     return [Move("all-reduce", 4 * met.local, axes, times, "loss")]
 

@@ -58,7 +58,8 @@ class Stacked:
 
     @staticmethod
     def metrics(sent) -> dict[int, dict]:
-        """Of each run that had rows, by its number, of the steps that were sent: arrays [steps], once they are made."""
+        """Of each run that had rows, and of others what nobody asks for, by its number: arrays [steps] of the steps
+        that were sent, once they are made."""
         found = jax.device_get(sent)
         return {r: {name: values[:, r] for name, values in found.items()} for r in range(found["loss"].shape[1])}
 
